@@ -4,7 +4,6 @@ parameter and memory efficient pretraining", section 3)."""
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,8 @@ from jaxpt.errors import ConfigError
 from jaxpt.weights.base import Scope, Weight, WeightModule, replaced
 from jaxpt.weights.init import Constant, FanInUniform
 from jaxpt.weights.low_rank import check_rank, factors, rank_of
-from jaxpt.weights.product import product_gradients
-from jaxpt.weights.support import Grouped, Support, Uniform
+from jaxpt.weights.support import Grouped, Uniform
+from kernels.low_rank_sparse import low_rank_sparse, materialise
 
 ROUNDS = 12  # alternating projections of ``from_dense``
 
@@ -70,12 +69,10 @@ class SparsePlusLowRankModule(WeightModule):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        arrays = (self.a[...], self.b[...], self.values[...], self.indices[...])
-        return sparse_low_rank(x, *arrays, self.scale, self.support)
+        return low_rank_sparse(x, *self._arrays(), scale=self.scale, group=self.support.group)
 
     def dense(self) -> jax.Array:
-        arrays = (self.a[...], self.b[...], self.values[...], self.indices[...])
-        return _matrix(*arrays, self.scale, self.support)
+        return materialise(*self._arrays(), scale=self.scale, group=self.support.group)
 
     def from_dense(self, matrix: jax.Array) -> SparsePlusLowRankModule:
         """Nearly the nearest, on this support: S and A B take the rest of one another in turn
@@ -94,45 +91,5 @@ class SparsePlusLowRankModule(WeightModule):
         sparse, a, b = jax.lax.fori_loop(0, ROUNDS, round_, start)
         return replaced(self, a=a / self.scale, b=b, values=sparse)
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def sparse_low_rank(x, a, b, values, indices, scale: float, support: Support) -> jax.Array:
-    """x [..., d_in] times scale a b + S, in x's dtype.
-
-    Args:
-      x: [..., d_in].
-      a: [d_in, R].
-      b: [R, d_out].
-      values: the entries of S at the support's places.
-      indices: the places, as the support has them.
-      scale: of a b.
-      support: what makes S of values and indices.
-    """
-    return jnp.dot(x, _matrix(a, b, values, indices, scale, support, x.dtype))
-
-
-def _matrix(a, b, values, indices, scale, support, dtype=None):
-    dtype = dtype or values.dtype
-    low = jnp.dot(a.astype(dtype) * jnp.asarray(scale, dtype), b.astype(dtype))
-    return low + support.spread(values.astype(dtype), indices, a.shape[0], b.shape[1])
-
-
-def _forward(x, a, b, values, indices, scale, support):
-    y = sparse_low_rank(x, a, b, values, indices, scale, support)
-    return y, (x, a, b, values, indices)
-
-
-def _backward(scale, support, saved, g):
-    x, a, b, values, indices = saved
-    # Formed from what is at hand now: without the barrier XLA would keep the forward pass's.
-    a_now, b_now, values_now, g = jax.lax.optimization_barrier((a, b, values, g))
-    matrix = _matrix(a_now, b_now, values_now, indices, scale, support, x.dtype)
-    dx, dw = product_gradients(x, matrix, g)
-    scaled = jnp.asarray(scale, dw.dtype)
-    da = scaled * jnp.dot(dw, b.astype(dw.dtype).T)
-    db = jnp.dot(a.astype(dw.dtype).T * scaled, dw)
-    dvalues = support.gather(dw, indices)
-    return dx, da.astype(a.dtype), db.astype(b.dtype), dvalues.astype(values.dtype), None
-
-
-sparse_low_rank.defvjp(_forward, _backward)
+    def _arrays(self) -> tuple[jax.Array, ...]:
+        return self.a[...], self.b[...], self.values[...], self.indices[...]

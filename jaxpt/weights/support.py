@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxpt.errors import ConfigError
 from jaxpt.mesh import Axes
+from kernels.low_rank_sparse import gather, held_shape, spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +33,18 @@ class Support:
         """The indices."""
         raise NotImplementedError
 
+    @property
+    def group(self) -> int | None:
+        """The layout, as ``kernels.low_rank_sparse`` has it."""
+        raise NotImplementedError
+
     def spread(self, values: jax.Array, indices: jax.Array, d_in: int, d_out: int) -> jax.Array:
         """The matrix with the values at their places and 0 elsewhere, in the values' dtype."""
-        raise NotImplementedError
+        return spread(values, indices, d_in, d_out, self.group)
 
     def gather(self, matrix: jax.Array, indices: jax.Array) -> jax.Array:
         """The entries of a matrix at the values' places: the transpose of ``spread``."""
-        raise NotImplementedError
+        return gather(matrix, indices, self.group)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +62,12 @@ class Grouped(Support):
         if not 1 <= self.size <= 256:
             raise ConfigError("size", f"{self.size} is not valid; give 1 to 256")
 
+    @property
+    def group(self):
+        return self.size
+
     def shape(self, d_in, d_out):
-        return d_in, -(-d_out // self.size)
+        return held_shape(d_in, d_out, self.size)
 
     def axes(self, axes):
         return axes
@@ -71,17 +81,6 @@ class Grouped(Support):
         first = jnp.arange(shape[1]) * self.size
         width = jnp.minimum(self.size, d_out - first)
         return jax.random.randint(key, shape, 0, width, jnp.int32).astype(self.dtype)
-
-    def spread(self, values, indices, d_in, d_out):
-        return jnp.where(self._held(indices), values[..., None], 0).reshape(d_in, -1)[:, :d_out]
-
-    def gather(self, matrix, indices):
-        rest = indices.shape[1] * self.size - matrix.shape[1]
-        groups = jnp.pad(matrix, ((0, 0), (0, rest))).reshape(*indices.shape, self.size)
-        return jnp.where(self._held(indices), groups, 0).sum(-1)
-
-    def _held(self, indices):
-        return indices[..., None] == jnp.arange(self.size, dtype=indices.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +96,10 @@ class Uniform(Support):
     def __post_init__(self):
         if not 0 < self.density <= 1:
             raise ConfigError("density", f"{self.density} does not lie in (0, 1]")
+
+    @property
+    def group(self):
+        return None
 
     def shape(self, d_in, d_out):
         if d_in * d_out >= 2**31:
@@ -115,11 +118,3 @@ class Uniform(Support):
         # 2^32 a pair) go to the earlier place.
         order = jnp.argsort(jax.random.bits(key, (d_in * d_out,), jnp.uint32))
         return jnp.sort(order[: self.shape(d_in, d_out)[0]]).astype(self.dtype)
-
-    def spread(self, values, indices, d_in, d_out):
-        flat = jnp.zeros(d_in * d_out, values.dtype)
-        held = flat.at[indices].set(values, unique_indices=True, indices_are_sorted=True)
-        return held.reshape(d_in, d_out)
-
-    def gather(self, matrix, indices):
-        return matrix.reshape(-1).at[indices].get(unique_indices=True, indices_are_sorted=True)
