@@ -4,32 +4,21 @@ mode against the reference in float64, and that they lower and compile for TPUs.
 import functools
 import importlib.util
 
+import attention_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import relative, rows_of, shapes, step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.attention import ALiBi, RelativeBias, alibi_slopes, attention, blocks, tpu
+from kernels.attention import ALiBi, alibi_slopes, attention, blocks, tpu
 from kernels.attention.rule import allowed
 
 SMALL = tpu.Sizes(128, 128, 128, 128)
 PAIRS = tpu.Sizes(256, 256, 128, 128)  # two chunks a block
-
-
-def enable_x64(on: bool):
-    """jax.enable_x64, whose place differs between JAX versions."""
-    return (jax if hasattr(jax, "enable_x64") else jax.experimental).enable_x64(on)
-
-
-def rows_of(rng, batch, length, documents=4, padding=20):
-    """Segments of random documents in order, with padding at the end."""
-    cuts = np.sort(rng.integers(0, length - padding, (batch, documents - 1)), axis=1)
-    segments = 1 + (np.arange(length)[None, :, None] >= cuts[:, None]).sum(-1)
-    segments[:, length - padding :] = 0
-    return segments.astype(np.int32)
 
 
 # ---------------------------------------------------------------------------------- the table
@@ -130,65 +119,15 @@ def test_cost_follows_the_mask():
 # ------------------------------------------------------------------- values and gradients
 
 
-def call(implementation, q, k, v, bias, marks, static):
-    arguments = dict(static)
-    sizes = arguments.pop("sizes", SMALL)
-    if implementation == "tpu":
-        marks = {"kv_segments": marks.get("segments"), **marks}
-        scale = q.shape[-1] ** -0.5
-        return tpu.attention(
-            q, k, v, bias=bias, scale=scale, sizes=sizes, interpret=True, **marks, **arguments
-        )
-    return attention(q, k, v, bias=bias, implementation="reference", **marks, **arguments)
+def on_tpu(q, k, v, bias, marks, sizes=SMALL, **static):
+    marks = {"kv_segments": marks.get("segments"), **marks}
+    scale = q.shape[-1] ** -0.5
+    return tpu.attention(
+        q, k, v, bias=bias, scale=scale, sizes=sizes, interpret=True, **marks, **static
+    )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 7))
-def with_gradients(implementation, q, k, v, bias, marks, weights, static):
-    def total(q, k, v, bias):
-        out = call(implementation, q, k, v, bias, marks, static)
-        return (out.astype(weights.dtype) * weights).sum(), out
-
-    grads, out = jax.grad(total, argnums=(0, 1, 2, 3), has_aux=True)(q, k, v, bias)
-    return out, grads
-
-
-def compare(shape, marks=None, bias=None, keys=None, groups=None, wide=None, dtype="float32",
-            seed=0, **static):  # fmt: skip
-    """The kernels in interpret mode against the reference in float64, on the same numbers."""
-    rng = np.random.default_rng(seed)
-    batch, queries, heads, width = shape
-    keys, groups = keys or queries, groups or heads
-    arrays = [
-        np.asarray(jnp.asarray(rng.normal(size=s), dtype).astype(jnp.float32))
-        for s in (shape, (batch, keys, groups, width), (batch, keys, groups, wide or width))
-    ]
-    weights = rng.normal(size=(batch, queries, heads, wide or width)).astype(np.float32)
-    marks = {} if marks is None else marks
-    low = [jnp.asarray(x, dtype) for x in arrays]
-    options = tuple(sorted(static.items()))
-    out, grads = with_gradients("tpu", *low, bias, marks, weights, options)
-    assert out.dtype == low[0].dtype
-    with enable_x64(True):
-        static.pop("sizes", None)
-        exact = jax.tree.map(lambda x: np.asarray(x, np.float64), (*arrays, bias))
-        want, want_grads = with_gradients(
-            "reference", *exact, marks, weights.astype(np.float64), tuple(sorted(static.items()))
-        )
-    # Errors of the products' operands (each rounded once or twice) average over the keys; those
-    # of float32 sums grow with the logarithm of the length.
-    unit = 2.0**-8 if dtype == "bfloat16" else 2.0**-24 * (4 + np.log2(keys))
-    for got, exact in zip(
-        jax.tree.leaves((out, grads)), jax.tree.leaves((want, want_grads)), strict=True
-    ):
-        got, exact = np.asarray(got, np.float64), np.asarray(exact)
-        assert np.all(np.isfinite(got))
-        scale = max(1.0, np.abs(exact).max())
-        np.testing.assert_allclose(got, exact, atol=4 * unit * scale)
-
-
-def relative(heads, bidirectional, max_distance=128, buckets=32, seed=3):
-    table = np.random.default_rng(seed).normal(size=(heads, buckets))
-    return RelativeBias(jnp.asarray(table, jnp.float32), max_distance, bidirectional)
+compare = functools.partial(attention_cases.compare, on_tpu)
 
 
 @pytest.mark.parametrize("length", [1, 127, 129])
@@ -230,43 +169,11 @@ def test_window_and_keys_that_run_out():
 
 
 def test_under_transformations():
-    rng = np.random.default_rng(0)
-    q = jnp.asarray(rng.normal(size=(2, 1, 150, 2, 16)), jnp.float32)
-    segments = jnp.asarray(rows_of(rng, 2, 150)[:, None])
-
-    def total(implementation, q, segments):
-        marks = {"segments": segments}
-        return (call(implementation, q, q, q, None, marks, {"causal": True}) ** 2).sum()
-
-    def grads(implementation):
-        each = jax.grad(jax.checkpoint(functools.partial(total, implementation)))
-        mapped = jax.vmap(each)(q, segments)
-        scanned = jax.lax.map(lambda x: each(*x), (q, segments))
-        return mapped, scanned
-
-    mapped, scanned = jax.jit(grads, static_argnums=0)("tpu")
-    want, _ = jax.jit(grads, static_argnums=0)("reference")
-    np.testing.assert_allclose(mapped, want, atol=1e-4)
-    np.testing.assert_allclose(scanned, want, atol=1e-4)
+    attention_cases.check_transformations(on_tpu, 150)
 
 
 def test_second_derivative():
-    rng = np.random.default_rng(0)
-    q = jnp.asarray(rng.normal(size=(1, 20, 2, 8)), jnp.float32)
-    bias = relative(2, bidirectional=True, max_distance=9, buckets=8)
-
-    def bent(implementation):
-        def total(q, bias):
-            return (call(implementation, q, q, q, bias, {}, {"causal": True}) ** 2).sum()
-
-        def norm(q, bias):
-            return sum((x**2).sum() for x in jax.tree.leaves(jax.grad(total, (0, 1))(q, bias)))
-
-        return jax.jit(jax.grad(norm, (0, 1)))(q, bias)
-
-    got, want = (jax.tree.leaves(bent(x)) for x in ("tpu", "reference"))
-    for a, b in zip(got, want, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
+    attention_cases.check_second_derivative(on_tpu)
 
 
 def races_found() -> bool:
@@ -293,44 +200,16 @@ def test_no_races():
 
 # ------------------------------------------------------------------------------ for the chip
 
-# heads, key heads, width, bias: T5 base, XXL, LLaMA 1B and 7B.
-MODELS = {
-    "t5 base": (12, 12, 64, "relative"),
-    "t5 xxl": (64, 64, 64, "relative"),
-    "llama 1b": (32, 8, 64, None),
-    "llama 7b": (32, 32, 128, None),
-}
-
-
-def step(bias_kind, implementation="pallas_tpu"):
-    """A function of (q, k, v, table, segments, do): the result and all gradients."""
-
-    def run(q, k, v, table, segments, do):
-        def f(q, k, v, table):
-            bias = RelativeBias(table, 128, False) if bias_kind else None
-            return attention(
-                q, k, v, causal=True, segments=segments, bias=bias, implementation=implementation
-            )
-
-        out, pull = jax.vjp(f, q, k, v, table)
-        return out, pull(do)
-
-    return run
-
-
-def shapes(model, length, batch=1, sharding=None):
-    heads, groups, width, bias = MODELS[model]
-    make = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
-    q, k = (make((batch, length, n, width), jnp.bfloat16) for n in (heads, groups))
-    return bias, (
-        q, k, k, make((heads, 32), jnp.float32), make((batch, length), jnp.int32), q,
-    )  # fmt: skip
-
 
 @pytest.mark.parametrize(("model", "length"), [("t5 base", 512), ("llama 1b", 2048)])
 def test_lowers_for_tpus_without_one(model, length):
     bias, arguments = shapes(model, length)
-    text = jax.jit(step(bias)).trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
+    text = (
+        jax.jit(step(bias, "pallas_tpu"))
+        .trace(*arguments)
+        .lower(lowering_platforms=("tpu",))
+        .as_text()
+    )
     assert text.count("tpu_custom_call") == 2
 
 
@@ -358,22 +237,10 @@ def test_compiles_for_tpus(target, model, length, monkeypatch):
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name=target)
     bias, arguments = shapes(model, length, 1, SingleDeviceSharding(topology.devices[0]))
-    lowered = jax.jit(step(bias)).trace(*arguments).lower(lowering_platforms=("tpu",))
-    compiled = lowered.compile()
-    text, heads = compiled.as_text(), MODELS[model][0]
-    assert text.count("tpu_custom_call") >= 2
-    square = heads * length * length
-    for kind, size in (("bf16", 2), ("f32", 4), ("pred", 1)):
-        for shape in _shapes_in(text, kind):
-            assert np.prod(shape) * size < square, f"{kind}{shape} is as large as the scores"
-    assert compiled.memory_analysis().temp_size_in_bytes < 2 * square
-
-
-def _shapes_in(text, kind):
-    import re
-
-    for match in re.finditer(rf"{kind}\[([\d,]+)\]", text):
-        yield tuple(int(n) for n in match.group(1).split(","))
+    traced = jax.jit(step(bias, "pallas_tpu")).trace(*arguments)
+    compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    assert compiled.as_text().count("tpu_custom_call") >= 2
+    attention_cases.assert_linear(compiled, model, length)
 
 
 # ----------------------------------------------------------------------------------- errors

@@ -21,7 +21,8 @@ MOST_BLOCKS = 1 << (QUERIES - KEYS)
 class Rule:
     """What is known of the mask when the program is traced; lengths before padding.
 
-    Queries stand at indices ``offset``, ``offset + 1``, ... and keys at 0, 1, ...
+    Queries stand at indices ``offset``, ``offset + 1``, ... and keys at 0, 1, ..., or both where
+    arrays of ``positions`` say.
     """
 
     queries: int
@@ -33,6 +34,7 @@ class Rule:
     segments: bool = False
     prefix: bool = False
     offset: int = 0
+    positions: bool = False
 
     @property
     def query_blocks(self) -> int:
@@ -54,18 +56,22 @@ class Rule:
     def bounded(self) -> bool:
         """Whether keys of padding have to be masked by their index: with segments theirs is 0,
         and in causal order they come after every query."""
-        after = self.causal and not self.prefix and self.offset + self.queries <= self.keys
+        ordered = self.causal and not self.prefix and not self.positions
+        after = ordered and self.offset + self.queries <= self.keys
         return self.padded_keys > self.keys and not self.segments and not after
 
     @property
     def lonely(self) -> bool:
         """Whether a query may see no key at all."""
-        return self.segments or (self.window is not None and self.queries > self.keys)
+        anywhere = self.positions and (self.causal or self.window is not None)
+        window = self.window is not None and self.queries > self.keys
+        return self.segments or anywhere or window
 
     @property
     def kinds(self) -> tuple[int, ...]:
         """The kinds of block that can occur."""
-        diagonal = self.causal and self.block_q == self.block_k and self.offset % self.block_k == 0
+        aligned = self.block_q == self.block_k and self.offset % self.block_k == 0
+        diagonal = self.causal and aligned and not self.positions
         partial = (
             self.segments
             or self.prefix
@@ -76,21 +82,34 @@ class Rule:
         return (FULL, *((DIAGONAL,) if diagonal else ()), *((PARTIAL,) if partial else ()))
 
 
-def in_order(rule: Rule):
-    """(possible, full, edges): which pairs the causal clause leaves, and leaves whole, before any
-    prefix, bool [query blocks, key blocks] (numpy); and the first and last index of each block."""
+def edges_of(rule: Rule, positions=None, kv_positions=None):
+    """The first and last index of each block of queries, [query blocks, 1], and of keys,
+    [1, key blocks]; with positions [1 or B, padded length], the least and the greatest."""
+    if positions is not None:
+        queries = _blocks(positions, rule.block_q)[:, :, None]
+        keys = _blocks(kv_positions, rule.block_k)[:, None]
+        return queries.min(-1), queries.max(-1), keys.min(-1), keys.max(-1)
     q0 = np.arange(rule.query_blocks)[:, None] * rule.block_q + rule.offset
     k0 = np.arange(rule.key_blocks)[None] * rule.block_k
     q1 = np.minimum(q0 + rule.block_q, rule.offset + rule.queries) - 1
     k1 = np.minimum(k0 + rule.block_k, rule.keys) - 1
+    return q0, q1, k0, k1
+
+
+def in_order(rule: Rule, edges):
+    """(possible, full): which pairs the causal clause leaves, and leaves whole, before any prefix,
+    bool [.., query blocks, key blocks] (numpy but for positions)."""
+    q0, q1, k0, k1 = edges
     possible = np.ones((rule.query_blocks, rule.key_blocks), bool)
     full = possible.copy()
+    ends = (np.arange(rule.key_blocks)[None] + 1) * rule.block_k
     if rule.causal:
-        possible &= k0 <= q1
-        full &= k0 + rule.block_k - 1 <= q0  # with the keys of padding: see ``bounded``
+        possible = possible & (k0 <= q1)
+        last = k1 if rule.positions else ends - 1  # with the keys of padding: see ``bounded``
+        full = full & (last <= q0)
     if rule.bounded:
-        full &= k0 + rule.block_k <= rule.keys
-    return possible, full, (q0, q1, k0, k1)
+        full = full & (ends <= rule.keys)
+    return possible, full
 
 
 def in_window(rule: Rule, edges):
@@ -98,9 +117,9 @@ def in_window(rule: Rule, edges):
     if rule.window is None:
         return True, True
     q0, q1, k0, k1 = edges
-    nearest = np.maximum(0, np.maximum(k0 - q1, q0 - k1))
-    farthest = np.maximum(np.abs(k1 - q0), np.abs(q1 - k0))
-    return nearest < rule.window, farthest < rule.window
+    near = (k0 - q1 < rule.window) & (q0 - k1 < rule.window)
+    inside = (abs(k1 - q0) < rule.window) & (abs(q1 - k0) < rule.window)
+    return near, inside
 
 
 def word_at(table, b, p):
@@ -116,19 +135,33 @@ def table(rule: Rule, segments=None, kv_segments=None, prefix=None):
     segments, kv_segments [B, padded length] (0: padding), prefix [B, padded keys]. From numpy's
     arrays comes one of numpy's.
     """
-    xp = np if not any(isinstance(x, jax.Array) for x in (segments, prefix)) else jnp
-    possible, full, edges = in_order(rule)
+    kinds, static = kinds_of_pairs(rule, segments, kv_segments, prefix)
+    return _words(kinds, static, np if isinstance(kinds, np.ndarray) else jnp)
+
+
+def kinds_of_pairs(
+    rule: Rule, segments=None, kv_segments=None, prefix=None, positions=None, kv_positions=None
+):
+    """(kinds, static): the kind of every pair, int32 [1 or B, query blocks, key blocks], and which
+    of them any batch can need. Arguments as of ``table``, and positions [1 or B, padded length],
+    both or neither, filled up with values that occur. From numpy's arrays come numpy's."""
+    arrays = (segments, prefix, positions, kv_positions)
+    xp = np if not any(isinstance(x, jax.Array) for x in arrays) else jnp
+    edges = edges_of(rule, positions, kv_positions)
+    possible, full = in_order(rule, edges)
     near, inside = in_window(rule, edges)
-    diagonal = np.zeros_like(possible)
+    diagonal = np.zeros((rule.query_blocks, rule.key_blocks), bool)
     if DIAGONAL in rule.kinds:
         diagonal = edges[0] == edges[2]
         if rule.bounded:
             diagonal = diagonal & (edges[2] + rule.block_k <= rule.keys)
-    if segments is None and prefix is None:
-        kinds = _kinds(possible & near, full & inside, diagonal, np)
-        return _words(kinds[None], kinds[None] != EMPTY, np)
+    if segments is None and prefix is None and positions is None:
+        kinds = _kinds(possible & near, full & inside, diagonal, np)[None]
+        return kinds, kinds != EMPTY
     # Pairs that no batch can need are left out before the program runs.
-    static = (np.ones_like(possible) if prefix is not None else possible) & near
+    static = np.ones_like(diagonal)
+    if positions is None:
+        static = (static if prefix is not None else possible) & near
     if prefix is not None:
         some = _blocks(prefix != 0, rule.block_k)
         possible = possible | some.any(-1)[:, None]
@@ -140,7 +173,7 @@ def table(rule: Rule, segments=None, kv_segments=None, prefix=None):
         possible, full = possible & overlap, full & alike
     shape = np.broadcast_shapes(possible.shape, full.shape, diagonal.shape)
     kinds = xp.broadcast_to(_kinds(possible, full, diagonal, xp), shape)
-    return _words(kinds, static[None], xp)
+    return kinds if kinds.ndim == 3 else kinds[None], static[None]
 
 
 def _kinds(possible, full, diagonal, xp):
