@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxpt.errors import ConfigError
-from jaxpt.growth.base import Update
+from jaxpt.growth.base import Update, UpdateFunction, bound
 from jaxpt.models.model import Model
 from jaxpt.models.stack import Layers, running
 from jaxpt.objectives.base import Batch, Objective
@@ -73,7 +73,8 @@ class LayerwiseStep(Step):
                     f"updates.{i}", f"{name} needs gradients, which no step keeps here"
                 )
         assert isinstance(optimizer, Built)
-        inner = layerwise_step(loss_function(model, objective, domains), model, optimizer, updates)
+        loss, after = loss_function(model, objective, domains), bound(updates, model, optimizer)
+        inner = layerwise_step(loss, model, optimizer, after)
 
         def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
             return inner(state, objective.whole(batch), key)
@@ -102,7 +103,7 @@ class _Reached(Exception):
 
 
 def layerwise_step(
-    loss: LossFunction, model: Model, optimizer: Built, updates: Sequence[Update] = ()
+    loss: LossFunction, model: Model, optimizer: Built, updates: Sequence[UpdateFunction] = ()
 ) -> StepFunction:
     """A step of gradient descent on the mean loss of a batch, layer by layer."""
     stacked = {path for path, tensor in model.tensors.items() if tensor.stacked}
@@ -110,7 +111,8 @@ def layerwise_step(
     def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
         flat, own = flatten(state.params), _states(state.opt_state, state.params)
-        rest = trainable({path: p for path, p in flat.items() if path not in stacked})
+        rest = {path: p for path, p in flat.items() if path not in stacked}
+        rest = trainable(rest, optimizer.rules)
         stages, sums, pull = _forward(loss, flat, rest, batch, key)
         parts = 1 + sum(stage.layers.depth // stage.layers.period for stage in stages)
         update = _Update(model, optimizer, state.opt_state.count, parts)
@@ -130,7 +132,7 @@ def layerwise_step(
         opt_state = ByTensor(state.opt_state.count + 1, states)
         result = TrainState(state.step + 1, unflatten(flat), opt_state, state.extra)
         for i, each in enumerate(updates):
-            result = each.update(result, None, jax.random.fold_in(key, i + 1))
+            result = each(result, None, jax.random.fold_in(key, i + 1))
         grad_norm, update_norm = jnp.sqrt(update.norms)
         metrics = {
             "loss": (sums.total, sums.count),
@@ -219,7 +221,8 @@ def _backward(stage: Stage, g_y: jax.Array, flat: Flat, own: dict[str, Any], upd
             unit = layers.unit(_with(stage.context, shared))
             return unit(x, None, whole(trained, unflatten(now)), keys, numbers)[0]
 
-        _, pull = jax.vjp(apply, trainable(unflatten(now)), x, stage.shared)
+        trained = {path for path in now if prefix + path in update.optimizer.rules}
+        _, pull = jax.vjp(apply, trainable(unflatten(now), trained), x, stage.shared)
         grads, g, more = pull(g)
         new = update(
             {prefix + path: p for path, p in now.items()},

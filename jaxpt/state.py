@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Container
 from typing import Any
 
 import jax
@@ -53,9 +54,17 @@ def unflatten(flat: dict[str, Any], separator: str = "/") -> Params:
     return nested
 
 
-def trainable(tree: Any) -> Any:
-    """The tree with None in the place of arrays of integers, which nothing can train."""
-    return jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else None, tree)
+def trainable(tree: Any, paths: Container[str] | None = None) -> Any:
+    """The tree with None in the place of arrays of integers, which nothing can train, and, where
+    ``paths`` are given, of all that is not among them."""
+    kept = {
+        path: jnp.issubdtype(x.dtype, jnp.floating) and (paths is None or path in paths)
+        for path, x in flatten(tree).items()
+    }
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef.unflatten(
+        x if keep else None for x, keep in zip(leaves, kept.values(), strict=True)
+    )
 
 
 def whole(trained: Any, tree: Any) -> Any:

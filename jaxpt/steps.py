@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpt.errors import ConfigError
-from jaxpt.growth.base import Update
+from jaxpt.growth.base import Update, UpdateFunction, bound
 from jaxpt.mesh import Layout
 from jaxpt.models.model import Model
 from jaxpt.objectives.base import Batch, Loss, Objective
@@ -55,7 +55,7 @@ class Step:
           domains: names of the data's domains, where there are several; see ``loss_function``.
         """
         loss = loss_function(model, objective, domains)
-        inner = train_step(loss, optimizer, self.accumulate, updates)
+        inner = train_step(loss, optimizer, self.accumulate, bound(updates, model, optimizer))
 
         def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
             return inner(state, objective.whole(batch), key)
@@ -104,30 +104,31 @@ def train_step(
     loss: LossFunction,
     optimizer: optax.GradientTransformation,
     accumulate: int = 1,
-    updates: Sequence[Update] = (),
+    updates: Sequence[UpdateFunction] = (),
 ) -> StepFunction:
     """A step of gradient descent on the mean loss of the global batch.
 
     The gradient is that of sum(loss) / sum(count) over all micro-batches and devices: it does
-    not depend on how the batch is cut.
+    not depend on how the batch is cut. Of what is frozen none is made.
     """
+    trained = optimizer.rules if isinstance(optimizer, Built) else None
     optimizer = optax.with_extra_args_support(optimizer)
 
     def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
-        sums, grads = accumulated_gradients(loss, state.params, batch, key, accumulate)
+        sums, grads = accumulated_gradients(loss, state.params, batch, key, accumulate, trained)
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums.count, 1).astype(g.dtype), grads)
         grads = whole(grads, jax.tree.map(jnp.zeros_like, state.params))
         changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, changes)
         new = TrainState(state.step + 1, params, opt_state, state.extra)
         for i, update in enumerate(updates):
-            new = update.update(new, grads, jax.random.fold_in(key, i + 1))
+            new = update(new, grads, jax.random.fold_in(key, i + 1))
         metrics = {
             "loss": (sums.total, sums.count),
             **sums.metrics,
             **token_counts(batch),
-            "grad_norm": optax.tree.norm(_trained(grads, optimizer)),
+            "grad_norm": optax.tree.norm(trainable(grads, trained)),
             "update_norm": optax.tree.norm(trainable(changes)),
             "param_norm": optax.tree.norm(trainable(params)),
         }
@@ -136,19 +137,16 @@ def train_step(
     return step
 
 
-def _trained(grads: Params, optimizer: optax.GradientTransformation) -> dict[str, jax.Array]:
-    """The gradients, by path, of what is not frozen."""
-    flat = flatten(trainable(grads))
-    return {
-        p: g for p, g in flat.items() if not isinstance(optimizer, Built) or p in optimizer.rules
-    }
-
-
 def accumulated_gradients(
-    loss: LossFunction, params: Params, batch: Batch, key: jax.Array, accumulate: int
+    loss: LossFunction,
+    params: Params,
+    batch: Batch,
+    key: jax.Array,
+    accumulate: int,
+    paths: Container[str] | None = None,
 ) -> tuple[Loss, Params]:
     """The Loss of the whole batch, and the gradient of its total (not yet divided), in float32;
-    None where a parameter is made of integers.
+    None where a parameter is made of integers, or is not among ``paths`` where they are given.
 
     Micro-batch i takes rows i, i + accumulate, ...: so where rows are cut over devices, every
     device has its share of every micro-batch.
@@ -159,7 +157,7 @@ def accumulated_gradients(
             sums = loss(whole(trained, params), batch, key)
             return sums.total, sums
 
-        (_, sums), grads = jax.value_and_grad(total, has_aux=True)(trainable(params))
+        (_, sums), grads = jax.value_and_grad(total, has_aux=True)(trainable(params, paths))
         return sums, grads
 
     if accumulate == 1:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+
+from jaxpt.errors import ConfigError
+
+# (TrainState after the optimizer's update, gradients or None, key) -> TrainState
+UpdateFunction = Callable[[Any, "dict[str, Any] | None", jax.Array], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +54,18 @@ class Update:
         """Whether ``update`` looks at gradients, which not every step keeps."""
         return True
 
+    def bind(self, model: Any, optimizer: Any) -> UpdateFunction:
+        """What the step calls: ``update``, unless it has to know more than the state.
+
+        Args:
+          model: the Model that is trained.
+          optimizer: its optimizer, ``Built``.
+
+        Raises:
+          ConfigError: a model or an optimizer that it can do nothing with.
+        """
+        return self.update
+
     def update(self, state: Any, grads: dict[str, Any] | None, key: jax.Array) -> Any:
         """The new TrainState; its own state stands in ``state.extra[self.name]``.
 
@@ -60,3 +78,14 @@ class Update:
         """The parameters to evaluate, sample and export with, given those that would be without
         this update; ``state`` is the TrainState."""
         return params
+
+
+def bound(updates: Sequence[Update], model: Any, optimizer: Any) -> list[UpdateFunction]:
+    """What a step calls after the optimizer, in order. Raises ConfigError."""
+    functions = []
+    for i, update in enumerate(updates):
+        try:
+            functions.append(update.bind(model, optimizer))
+        except ConfigError as error:
+            raise error.within(f"updates.{i}") from None
+    return functions

@@ -24,6 +24,8 @@ from jaxpt.errors import ConfigError
 from jaxpt.mesh import Axes
 from jaxpt.weights.init import Init
 
+FROZEN = "frozen"  # the kind (``Tensor.weight``) of numbers that no optimizer changes
+
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
@@ -37,8 +39,8 @@ class Tensor:
 
     @property
     def trained(self) -> bool:
-        """Whether it can be: integers cannot."""
-        return jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating)
+        """Whether it can be: integers cannot, and what is ``FROZEN`` is not."""
+        return self.weight != FROZEN and jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating)
 
     @property
     def stacked(self) -> bool:
