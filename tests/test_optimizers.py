@@ -21,6 +21,7 @@ from jaxpt.errors import ConfigError
 from jaxpt.mesh import Mesh
 from jaxpt.optimizers import (
     SGD,
+    SPAM,
     Adafactor,
     AdamW,
     Constant,
@@ -31,6 +32,7 @@ from jaxpt.optimizers import (
     Muon,
     Optimizer,
     ReciprocalSqrt,
+    StableSPAM,
 )
 from jaxpt.optimizers.paths import matches
 from jaxpt.state import flatten, unflatten
@@ -120,6 +122,37 @@ def muon(c, s, g, p, t, orthogonalise):
     return scale * newton_schulz(m, c.ns_steps)
 
 
+def spam(c, s, g, p, t, _):
+    """Huang et al. 2025 ("SPAM"), algorithm 1."""
+    since = (t - 1) % c.period
+    if since == 0:
+        s.clear()
+    if since >= c.patience:
+        spike = (g**2 > c.threshold * s["v"]) & (s["v"] > 0)
+        g = np.where(spike, np.sign(g) * np.sqrt(c.threshold * s["v"]), g)
+    annealed = 0.99 * (1 + np.cos(np.pi * since / (c.warmup + 1))) / 2
+    rising = t > c.period and since <= c.warmup
+    return (1 - annealed if rising else 1) * adam(c, s, g, p, t, _)
+
+
+def stable_spam(c, s, g, p, t, _):
+    """Huang et al. 2025 ("Stable-SPAM"), algorithm 1: AdaClip, AdaGN, momentum reset, Adam."""
+
+    def average(name, x, decay):
+        s[name] = decay * s.get(name, 0) + (1 - decay) * x
+        return s[name] / (1 - decay**t)
+
+    largest = abs(g).max()
+    bound = average("largest", largest, c.gamma3)
+    g = np.where(abs(g) > bound, g / largest * bound, g)
+    norm = np.linalg.norm(g)
+    expected, square = average("norm", norm, c.gamma1), average("square", norm**2, c.gamma2)
+    if (t - 1) % c.period == 0:
+        s["m"] = s["v"] = 0
+    g = g / norm * expected / (np.sqrt(square) + c.eps)
+    return adam(c, s, g, p, (t - 1) % c.period + 1, _)
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     optimizer: Optimizer
@@ -150,6 +183,8 @@ ROWS = {
         ),
         adafactor,
     ),
+    "spam": Row(SPAM(1e-2, COSINE, threshold=2.0, period=6, warmup=3, patience=2), spam),
+    "stable_spam": Row(StableSPAM(1e-2, weight_decay=0.1, gamma3=0.6, period=7), stable_spam),
     "muon": Row(Muon(1e-2, COSINE), muon, tolerance=3e-5, quadratic_lr=0.3),
     "muon_jordan": Row(
         Muon(1e-2, rms=None, adam_lr_scale=0.3, nesterov=False, ns_steps=6), muon, tolerance=3e-5

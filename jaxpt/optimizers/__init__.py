@@ -17,10 +17,13 @@ from jaxpt.optimizers.schedules import (
     WarmupStableDecay,
 )
 from jaxpt.optimizers.sgd import SGD
+from jaxpt.optimizers.spam import SPAM
+from jaxpt.optimizers.stable_spam import StableSPAM
 
 __all__ = [
     "APOLLO",
     "SGD",
+    "SPAM",
     "Adafactor",
     "AdamW",
     "Constant",
@@ -34,5 +37,6 @@ __all__ = [
     "Optimizer",
     "ReciprocalSqrt",
     "Schedule",
+    "StableSPAM",
     "WarmupStableDecay",
 ]

@@ -17,6 +17,7 @@ from jaxpt.errors import ConfigError
 from jaxpt.optimizers.eight_bit import in_eight_bits
 from jaxpt.optimizers.groups import Group, Tensors, Treatment, resolve
 from jaxpt.optimizers.paths import map_with_path
+from jaxpt.optimizers.rounding import rounded
 from jaxpt.optimizers.rules import Rule, by_tensor, of_optax, one_layer
 from jaxpt.optimizers.schedules import Constant, InSteps, Schedule, StepFunction
 from jaxpt.state import Params, whole
@@ -35,6 +36,7 @@ __all__ = [
 
 StateType = Literal["float32", "bfloat16"]
 Held = Literal["float32", "bfloat16", "8bit"]
+Rounding = Literal["nearest", "stochastic"]
 
 
 class Built(optax.GradientTransformationExtraArgs):
@@ -84,6 +86,9 @@ class Optimizer:
     The arithmetic and the state are in ``state_dtype``, whatever the parameters are in;
     ``optax.apply_updates`` rounds the sum to the parameter's type. With "8bit" the moments of
     arrays of 4096 entries or more are held in 8 bits (``eight_bit.py``), and all else is float32.
+
+    Of a bfloat16 parameter a change below 1/512 of it is lost by rounding to the nearest number,
+    every time; by "stochastic" ``rounding`` (``rounding.py``) it is there on average.
     """
 
     lr: float = 1e-3  # learning rate where the schedule is 1
@@ -93,6 +98,7 @@ class Optimizer:
     clip: float | None = 1.0  # greatest global norm of the gradient; None for no clipping
     groups: tuple[Group, ...] = ()  # parameters that are treated otherwise; the first match wins
     state_dtype: Held = "float32"  # type of the optimizer's state and arithmetic
+    rounding: Rounding = "nearest"  # of bfloat16 parameters after an update
 
     def __post_init__(self):
         if not self.lr > 0:
@@ -104,6 +110,8 @@ class Optimizer:
         if self.state_dtype not in get_args(Held):
             known = ", ".join(get_args(Held))
             raise ConfigError("state_dtype", f"{self.state_dtype!r} is not one of {known}")
+        if self.rounding not in get_args(Rounding):
+            raise ConfigError("rounding", f"{self.rounding!r} is not nearest or stochastic")
 
     def rule(self, tensor: Tensor) -> Rule:
         """How one array is updated: gradient -> direction (not negated, without lr).
@@ -175,7 +183,8 @@ class Optimizer:
                 direction += jnp.asarray(treatment.weight_decay, dtype) * param
             return -(rate(count) * treatment.lr_scale).astype(dtype) * direction, state
 
-        return Rule(lambda param: rule.init(param.astype(dtype)), update)
+        whole_rule = Rule(lambda param: rule.init(param.astype(dtype)), update)
+        return rounded(whole_rule) if self.rounding == "stochastic" else whole_rule
 
     def eval_params(self, state: Any, params: Params) -> Params:
         """The parameters to evaluate, sample and export with; ``params`` unless overridden.

@@ -1,0 +1,41 @@
+"""Stochastic rounding of bfloat16 parameters (Gupta et al. 2015, "Deep learning with limited
+numerical precision", section 3.1)."""
+
+from __future__ import annotations
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+
+from jaxpt.optimizers.rules import Rule
+
+_OWN = zlib.crc32(b"rounding")  # apart from what a rule draws with its key
+
+
+def stochastic(x: jax.Array, key: jax.Array) -> jax.Array:
+    """float32 -> float32, each entry at one of the two bfloat16 numbers next to it: the nearer
+    the likelier, so that the mean is the entry. Those that are bfloat16 numbers stay, and so do
+    infinities and NaN."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    up = bits + jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    cut = jax.lax.bitcast_convert_type(up & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(x), cut, x)
+
+
+def rounded(rule: Rule) -> Rule:
+    """The rule with changes that lead from a bfloat16 parameter to another bfloat16 number.
+
+    Its directions are changes: p + change, in float32, is the stochastically rounded sum, so that
+    whoever adds them has nothing left to round. Parameters of other types are as they were.
+    """
+
+    def update(grad, state, param, step, key):
+        change, state = rule.update(grad, state, param, step, key)
+        if param.dtype != jnp.bfloat16:
+            return change, state
+        start = param.astype(jnp.float32)
+        key = jax.random.fold_in(jax.random.fold_in(key, _OWN), step)
+        return stochastic(start + change.astype(jnp.float32), key) - start, state
+
+    return Rule(rule.init, update)
