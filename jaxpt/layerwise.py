@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,8 @@ from jaxpt.models.model import Model
 from jaxpt.models.stack import Layers, running
 from jaxpt.objectives.base import Batch, Objective
 from jaxpt.optimizers.base import Built
-from jaxpt.optimizers.rules import ByTensor, keys_of
+from jaxpt.optimizers.in_place import update_in_place
+from jaxpt.optimizers.rules import ByTensor, keys_of, one_layer
 from jaxpt.state import Params, TrainState, flatten, trainable, unflatten, whole
 from jaxpt.steps import LossFunction, Metrics, Step, StepFunction, loss_function, token_counts
 
@@ -124,9 +125,10 @@ def layerwise_step(
             g_rest, g_outputs = jax.tree.map(
                 jnp.add, (g_rest, g_outputs), (more_rest, more_outputs)
             )
-        known = {path: p for path, p in flat.items() if path not in stacked}
-        new, states, norms = update(known, {p: own.get(p) for p in known}, g_rest, layer=None)
-        flat, own, update.norms = flat | new, own | states, update.norms + norms
+        g_rest = {path: g for path, g in g_rest.items() if g is not None}
+        params, states = ({path: tree[path] for path in g_rest} for tree in (flat, own))
+        params, states, norms = update(params, states, g_rest)
+        flat, own, update.norms = flat | params, own | states, update.norms + norms
         tree = jax.tree.structure(state.params)
         states = tree.unflatten(own[path] for path in flatten(state.params))
         opt_state = ByTensor(state.opt_state.count + 1, states)
@@ -203,87 +205,87 @@ def _backward(stage: Stage, g_y: jax.Array, flat: Flat, own: dict[str, Any], upd
       The cotangents of (x, shared).
     """
     layers, prefix = stage.layers, stage.layers.path + "/"
-    params = layers.by_period(_of_stack(layers, flat))
-    states = {path: layers.by_period(own[prefix + path]) for path in params}
+    stacks = _of_stack(layers, flat)
+    trained = {path for path in stacks if prefix + path in update.rules}
+    fixed = {path: p for path, p in stacks.items() if path not in trained}
     count = layers.depth // layers.period
 
     def one(i, carry):
         g, g_shared, norms, params, states = carry
-        at = count - 1 - i
-        here = jax.tree.map(
-            lambda a: jax.lax.dynamic_index_in_dim(a, at, keepdims=False),
-            (params, states, stage.inputs, stage.keys),
+        now = layers.by_period(fixed | {path: params[prefix + path] for path in trained})
+        # Parameters are read before any is written: else XLA keeps copies of whole stacks.
+        now, x, (keys, numbers) = jax.lax.optimization_barrier(
+            _at((now, stage.inputs, stage.keys), count - 1 - i)
         )
-        # All is read before anything is written: else XLA keeps copies of the whole carry.
-        now, state, x, (keys, numbers) = jax.lax.optimization_barrier(here)
 
-        def apply(trained, x, shared):
+        def apply(own, x, shared):
             unit = layers.unit(_with(stage.context, shared))
-            return unit(x, None, whole(trained, unflatten(now)), keys, numbers)[0]
+            return unit(x, None, whole(own, unflatten(now)), keys, numbers)[0]
 
-        trained = {path for path in now if prefix + path in update.optimizer.rules}
         _, pull = jax.vjp(apply, trainable(unflatten(now), trained), x, stage.shared)
         grads, g, more = pull(g)
-        new = update(
-            {prefix + path: p for path, p in now.items()},
-            {prefix + path: s for path, s in state.items()},
-            {prefix + path: d for path, d in flatten(grads).items()},
-            numbers,
-        )
-        *new, more_norms = jax.lax.optimization_barrier(new)
-        new = [{path.removeprefix(prefix): v for path, v in part.items()} for part in new]
-        written = jax.tree.map(
-            lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, at, 0),
-            (params, states),
-            tuple(new),
-        )
-        return g, jax.tree.map(jnp.add, g_shared, more), norms + more_norms, *written
+        grads = {prefix + path: d for path, d in flatten(grads).items()}
+        params, states, more_norms = update(params, states, grads, numbers)
+        return g, jax.tree.map(jnp.add, g_shared, more), norms + more_norms, params, states
 
     zeros = jax.tree.map(jnp.zeros_like, stage.shared)
+    params, states = (
+        {prefix + path: tree[prefix + path] for path in trained} for tree in (flat, own)
+    )
     g_x, g_shared, update.norms, params, states = jax.lax.fori_loop(
         0, count, one, (g_y, zeros, update.norms, params, states)
     )
-    flat |= {prefix + path: p.reshape(-1, *p.shape[2:]) for path, p in params.items()}
-    own |= {
-        prefix + path: jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), state)
-        for path, state in states.items()
-    }
+    flat |= params
+    own |= states
     return g_x, g_shared
 
 
 class _Update:
-    """New parameters and states from gradients. ``norms``: squares, summed over what has been
-    updated so far, of gradients (before clipping) and of changes, float32 [2]."""
+    """New parameters and states from gradients, one array after the other, in place.
+
+    rules: of the tensors that are trained, by path.
+    norms: squares, summed over what has been updated so far, of gradients (before clipping) and
+      of changes, float32 [2].
+    """
 
     def __init__(self, model: Model, optimizer: Built, count: jax.Array, parts: int):
-        self.tensors, self.optimizer, self.count = model.tensors, optimizer, count
+        self.tensors, self.rules, self.seed = model.tensors, optimizer.rules, optimizer.seed
+        self.count = count
         self.clip = None if optimizer.clip is None else optimizer.clip / parts**0.5
         self.norms = jnp.zeros(2, jnp.float32)
 
-    def __call__(self, params: Flat, states: dict[str, Any], grads: Flat, layer: Any):
-        """(params, states, norms) after the update, of a part of the model.
+    def __call__(self, params: Flat, states: dict[str, Any], grads: Flat, numbers: Any = None):
+        """(params, states, norms) after the update of a part of the model.
 
         Args:
-          params: by path; of stacked ones a period of layers.
-          states: by path.
-          grads: by path, of those that are trained.
-          layer: numbers of the layers; None for what is not stacked.
+          params: by path; of stacked ones all layers.
+          states: by path, likewise.
+          grads: by path, of this part; of stacked ones [layers, ...], of these layers alone.
+          numbers: of the layers, int32 [layers]; None for what is not stacked.
         """
-        rules = self.optimizer.rules
-        trained: Any = {path: grads[path] for path in params if path in rules}
-        square = optax.tree.norm(trained, squared=True).astype(jnp.float32)
+        square = optax.tree.norm(grads, squared=True).astype(jnp.float32)
         if self.clip is not None:
-            trained, _ = optax.clip_by_global_norm(self.clip).update(trained, optax.EmptyState())
-        new, kept, changed = dict(params), dict(states), jnp.float32(0)
-        for path, grad in trained.items():
-            keys = keys_of(path, self.tensors[path], self.optimizer.seed)
-            update = rules[path].update
-            if layer is not None:
-                update, keys = jax.vmap(update, (0, 0, 0, None, 0)), keys[layer]
-            change, kept[path] = update(grad, states[path], params[path], self.count, keys)
-            new[path] = (params[path] + change).astype(params[path].dtype)
-            changed += jnp.sum(jnp.square(change.astype(jnp.float32)))
-        return new, kept, jnp.stack([square, changed])
+            clip = optax.clip_by_global_norm(self.clip)
+            grads = cast(Flat, clip.update(grads, optax.EmptyState())[0])
+        params, states, changed = dict(params), dict(states), jnp.float32(0)
+        for path, grad in grads.items():
+            keys, row = keys_of(path, self.tensors[path], self.seed), one_layer(self.tensors[path])
+            pair = params[path], states[path]
+            if numbers is None:  # as a stack of one
+                keys, pair, grad = keys[None], *jax.tree.map(lambda a: a[None], (pair, grad))
+            for i, layer in enumerate([0] if numbers is None else numbers):
+                pair, more = update_in_place(
+                    self.rules[path], row, pair, grad[i], self.count, keys[layer], layer
+                )
+                changed += more
+            if numbers is None:
+                pair = jax.tree.map(lambda a: a[0], pair)
+            params[path], states[path] = pair
+        return params, states, jnp.stack([square, changed])
+
+
+def _at(tree: Any, i: jax.Array) -> Any:
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), tree)
 
 
 def _with(context: Any, shared: tuple) -> Any:

@@ -29,4 +29,5 @@ class AdamW(Optimizer):
             raise ConfigError("eps", f"{self.eps} is not valid; give a number > 0")
 
     def rule(self, tensor: Tensor) -> Rule:
-        return of_optax(optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype))
+        adam = optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype)
+        return of_optax(adam, elementwise=True)

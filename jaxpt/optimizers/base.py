@@ -8,6 +8,8 @@ One row in ``tests/test_optimizers.py`` tests it.
 from __future__ import annotations
 
 import dataclasses
+import types
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
@@ -46,11 +48,15 @@ class Built(optax.GradientTransformationExtraArgs):
       included; without what is frozen. For steps that update one layer at a time.
     clip: greatest global norm of the gradient, which such steps must see to themselves; or None.
     seed: of the rules' keys.
+    start: updates made before the phase: the phase's step is the state's count less this.
+    rates: path -> learning rate after so many updates, of what is not frozen.
     """
 
     rules: dict[str, Rule]
     clip: float | None
     seed: int
+    start: int = 0
+    rates: Mapping[str, StepFunction] = types.MappingProxyType({})
 
     @classmethod
     def of(
@@ -168,7 +174,10 @@ class Optimizer:
         }
         in_turn, seed = self.state_dtype == "8bit", self.rule_seed
         transform = by_tensor(tensors, rules, seed, in_turn=in_turn)
-        return Built.of(transform, rules, self.clip, seed)
+        built = Built.of(transform, rules, self.clip, seed)
+        built.start = start
+        built.rates = {path: _scaled(rate, treatments[path].lr_scale) for path in rules}
+        return built
 
     def _complete(self, row: Tensor, treatment: Treatment, rate: StepFunction) -> Rule:
         """The rule for one array, with decay and learning rate: gradient -> change."""
@@ -183,7 +192,7 @@ class Optimizer:
                 direction += jnp.asarray(treatment.weight_decay, dtype) * param
             return -(rate(count) * treatment.lr_scale).astype(dtype) * direction, state
 
-        whole_rule = Rule(lambda param: rule.init(param.astype(dtype)), update)
+        whole_rule = Rule(lambda param: rule.init(param.astype(dtype)), update, rule.elementwise)
         return rounded(whole_rule) if self.rounding == "stochastic" else whole_rule
 
     def eval_params(self, state: Any, params: Params) -> Params:
@@ -192,6 +201,10 @@ class Optimizer:
         ``state`` is that of the built transformation.
         """
         return params
+
+
+def _scaled(rate: StepFunction, scale: float) -> StepFunction:
+    return lambda count: rate(count) * scale
 
 
 def check_shares(config: Any, *fields: str) -> None:

@@ -80,12 +80,22 @@ def _blocks(x: jax.Array) -> jax.Array:
 def in_eight_bits(rule: Rule) -> Rule:
     """The rule with its moments held in 8 bits between updates."""
 
-    def held(state: Any) -> Any:
+    def init(param):
         def one(path, x):
             name = _moment(path, x)
             return x if name is None else quantise(x, signed=MOMENTS[name])
 
-        return jax.tree_util.tree_map_with_path(one, state)
+        return jax.tree_util.tree_map_with_path(one, rule.init(param))
+
+    def held(state: Any, before: Any) -> Any:
+        def one(path, was, x):
+            if not isinstance(was, Quantised):
+                return x
+            return quantise(x, signed=MOMENTS[path[-1].name])
+
+        return jax.tree_util.tree_map_with_path(
+            one, before, state, is_leaf=lambda x: isinstance(x, Quantised)
+        )
 
     def free(state: Any) -> Any:
         def one(path, x):
@@ -99,9 +109,9 @@ def in_eight_bits(rule: Rule) -> Rule:
 
     def update(grad, state, param, step, key):
         direction, new = rule.update(grad, free(state), param, step, key)
-        return direction, held(new)
+        return direction, held(new, state)
 
-    return Rule(lambda param: held(rule.init(param)), update)
+    return Rule(init, update, rule.elementwise)
 
 
 def _moment(path, x) -> str | None:

@@ -28,4 +28,5 @@ class Lion(Optimizer):
         check_shares(self, "b1", "b2")
 
     def rule(self, tensor: Tensor) -> Rule:
-        return of_optax(optax.scale_by_lion(self.b1, self.b2, mu_dtype=self.mu_dtype))
+        lion = optax.scale_by_lion(self.b1, self.b2, mu_dtype=self.mu_dtype)
+        return of_optax(lion, elementwise=True)

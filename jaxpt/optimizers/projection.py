@@ -58,7 +58,7 @@ class Projected(Optimizer):
         """``rule`` for matrices inside the network, Adam for all else."""
         if is_inner_matrix(tensor):
             return rule
-        return of_optax(optax.scale_by_adam(self.b1, self.b2, self.eps))
+        return of_optax(optax.scale_by_adam(self.b1, self.b2, self.eps), elementwise=True)
 
     def turned(self, matrix: jax.Array, like: jax.Array) -> jax.Array:
         """``matrix``, or its transpose where the side of ``like`` [d_in, d_out] that is projected

@@ -38,4 +38,4 @@ def rounded(rule: Rule) -> Rule:
         key = jax.random.fold_in(jax.random.fold_in(key, _OWN), step)
         return stochastic(start + change.astype(jnp.float32), key) - start, state
 
-    return Rule(rule.init, update)
+    return Rule(rule.init, update, rule.elementwise)

@@ -28,10 +28,13 @@ class Rule(NamedTuple):
     update: (gradient, state, parameter, updates made before this one, key) -> (direction, state).
       The direction is not negated and without learning rate. The key depends on the optimizer's
       seed and on the parameter's path and layer, not on the step.
+    elementwise: whether each entry goes by itself (in 8 bits, each block of a row), so that
+      ``update`` may be called on blocks of rows, each with a key of its own.
     """
 
     init: Callable[[jax.Array], Any]
     update: Callable[[jax.Array, Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+    elementwise: bool = False
 
 
 class ByTensor(NamedTuple):
@@ -41,7 +44,7 @@ class ByTensor(NamedTuple):
     states: Any
 
 
-def of_optax(transform: optax.GradientTransformation) -> Rule:
+def of_optax(transform: optax.GradientTransformation, *, elementwise: bool = False) -> Rule:
     """The rule that an optax transformation is, for one array.
 
     What it counts is not kept: the rule is told. Neither is what never changes.
@@ -74,7 +77,7 @@ def of_optax(transform: optax.GradientTransformation) -> Rule:
             None if n in given else x for (_, x), n in zip(flat, names, strict=True)
         )
 
-    return Rule(init, update)
+    return Rule(init, update, elementwise)
 
 
 def by_tensor(

@@ -26,5 +26,5 @@ class SGD(Optimizer):
 
     def rule(self, tensor: Tensor) -> Rule:
         if not self.momentum:
-            return of_optax(optax.identity())
-        return of_optax(optax.trace(self.momentum, self.nesterov))
+            return of_optax(optax.identity(), elementwise=True)
+        return of_optax(optax.trace(self.momentum, self.nesterov), elementwise=True)
