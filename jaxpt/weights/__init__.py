@@ -3,6 +3,7 @@
 from jaxpt.weights.base import Weight, WeightModule
 from jaxpt.weights.dense import Dense
 from jaxpt.weights.init import Constant, FanIn, FanInUniform, Init, Normal, XavierUniform
+from jaxpt.weights.lora import LoRA
 from jaxpt.weights.low_rank import LowRank
 from jaxpt.weights.sparse_low_rank import SparsePlusLowRank
 from jaxpt.weights.support import Grouped, Support, Uniform
@@ -14,6 +15,7 @@ __all__ = [
     "FanInUniform",
     "Grouped",
     "Init",
+    "LoRA",
     "LowRank",
     "Normal",
     "SparsePlusLowRank",

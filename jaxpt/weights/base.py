@@ -14,7 +14,7 @@ import dataclasses
 import fnmatch
 import zlib
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from flax import nnx
 from jaxpt.errors import ConfigError
 from jaxpt.mesh import Axes
 from jaxpt.weights.init import Init
+from jaxpt.weights.module import Template, merge, split
 
 FROZEN = "frozen"  # the kind (``Tensor.weight``) of numbers that no optimizer changes
 
@@ -50,12 +51,18 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """One matrix product of a model, for counting: ``stack`` copies of ``d_in x d_out``."""
+    """One matrix product of a model: ``stack`` copies of ``d_in x d_out``."""
 
     d_in: int
     d_out: int
     stack: int
     weight: Weight
+    template: Template | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    def module(self, params: dict[str, jax.Array]) -> WeightModule:
+        """The weight's module with these parameters, of one copy."""
+        assert self.template is not None
+        return merge(self.template, params)
 
 
 Module = TypeVar("Module", bound="WeightModule")
@@ -79,16 +86,20 @@ class WeightModule(nnx.Module):
 
 def replaced(module: Module, **arrays: jax.Array) -> Module:
     """A copy of a weight's module with these parameters in the place of its own."""
-    graph, state = nnx.split(module)
-    pure = nnx.to_pure_dict(state)
-    pure |= {name: array.astype(pure[name].dtype) for name, array in arrays.items()}
-    nnx.replace_by_pure_dict(state, pure)
-    return nnx.merge(graph, state)
+    template, params = split(module)
+    new = {name: array.astype(params[name].dtype) for name, array in arrays.items()}
+    return merge(template, params | new)
 
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """Config of a weight; subclasses live in a file each in ``jaxpt/weights``."""
+    """Config of a weight; subclasses live in a file each in ``jaxpt/weights``.
+
+    factors: names of two of its parameters, A [d_in, R] and B [R, d_out], that matter by their
+      product alone; () where there are none.
+    """
+
+    factors: ClassVar[tuple[str, ...]] = ()
 
     def build(self, scope: Scope, d_in: int, d_out: int, axes: Axes, init: Init) -> WeightModule:
         """The module. ``axes`` are logical, of (d_in, d_out); ``init`` draws the entries."""
@@ -216,14 +227,18 @@ class Scope:
         axes: Axes,
         draw: Callable[[jax.Array], jax.Array],
         dtype: str,
+        *,
+        kind: str = "index",
+        key_of: str | None = None,
     ) -> nnx.Param:
-        """A tensor of integers, drawn once and never trained: part of the parameters, so that it
-        is saved, laid out and stacked as they are."""
+        """A tensor drawn once and never trained, of integers or of kind ``FROZEN``: part of the
+        parameters, so that it is saved, laid out and stacked as they are."""
         path, named = _join(self.path, name), _join(self.name, name)
         stack = (self.stack,) if self.stack else ()
         layers = ("layers",) if stack else ()
-        self.record.tensors[path] = Tensor(stack + shape, layers + axes, 0.0, "index", dtype)
-        return nnx.Param(draw(self._key(named)).astype(dtype))
+        self.record.tensors[path] = Tensor(stack + shape, layers + axes, 0.0, kind, dtype)
+        key = self._key(_join(self.name, key_of) if key_of else named)
+        return nnx.Param(draw(key).astype(dtype))
 
     def _key(self, named: str) -> jax.Array:
         return jax.random.fold_in(self.key, zlib.crc32(named.encode()))
@@ -240,8 +255,10 @@ class Scope:
             known = ", ".join(sorted({*self.record.products, at.name}))
             raise ConfigError("weights", f"no pattern matches {at.name}; matrices so far: {known}")
         init = self.match("inits", f"{at.name}/w") or init
-        self.record.products[at.path] = Product(d_in, d_out, max(self.stack, 1), config)
-        return config.build(at._at(kind=type(config).__name__), d_in, d_out, axes, init)
+        module = config.build(at._at(kind=type(config).__name__), d_in, d_out, axes, init)
+        product = Product(d_in, d_out, max(self.stack, 1), config, split(module)[0])
+        self.record.products[at.path] = product
+        return module
 
 
 def _join(path: str, child: str) -> str:

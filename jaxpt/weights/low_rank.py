@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +30,14 @@ class LowRank(Weight):
         spectral_ones   A = U, B = V: every singular value 1 (Kamalakara et al. 2022, section 3.2)
         plain           A and B drawn apart, such that the entries of A B have M's variance
 
-    ``rank`` above min(d_in, d_out) is cut to that.
+    ``rank`` above min(d_in, d_out) is cut to that, and one below 1 is a target ratio, of the
+    factors' numbers to the matrix's (rounded down).
     """
 
-    rank: int = 64  # columns of A and rows of B
+    factors: ClassVar[tuple[str, ...]] = ("a", "b")
+
+    # columns of A and rows of B; below 1 the share of the matrix's numbers that A and B have
+    rank: int | float = 64
     init: LowRankInit = "spectral"  # how the factors are drawn
 
     def __post_init__(self):
@@ -87,14 +91,16 @@ class LowRankModule(WeightModule):
         return replaced(self, a=a, b=b)
 
 
-def check_rank(rank: int) -> None:
+def check_rank(rank: int | float) -> None:
+    if not (rank > 0 and (rank < 1 or rank == int(rank))):
+        raise ConfigError("rank", f"{rank} is not valid; give a whole number, or a share below 1")
+
+
+def rank_of(rank: int | float, d_in: int, d_out: int) -> int:
+    """The rank that a matrix of this shape gets: at least 1, at most full."""
     if rank < 1:
-        raise ConfigError("rank", f"{rank} is not valid; give 1 or more")
-
-
-def rank_of(rank: int, d_in: int, d_out: int) -> int:
-    """The rank that a matrix of this shape can have."""
-    return min(rank, d_in, d_out)
+        rank = max(1, math.floor(rank * d_in * d_out / (d_in + d_out)))
+    return min(int(rank), d_in, d_out)
 
 
 def factors(matrix: jax.Array, rank: int, *, ones: bool = False) -> tuple[jax.Array, jax.Array]:

@@ -4,6 +4,7 @@ parameter and memory efficient pretraining", section 3)."""
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,8 @@ class SparsePlusLowRank(Weight):
     The backward pass keeps x, the factors, the values and the support, and forms W anew
     (section 3.2, equations 2 and 3): no W lives between the passes.
     """
+
+    factors: ClassVar[tuple[str, ...]] = ("a", "b")
 
     rank: int = 128  # columns of A and rows of B
     alpha: float = 16.0  # A B is scaled by alpha / rank
