@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxpt.errors import ConfigError
+from kernels.platform import compiling_for
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 
@@ -87,10 +88,12 @@ class Layout:
 
     @contextlib.contextmanager
     def active(self):
-        """While active, ``constrain`` and the sharded kernels use this layout."""
+        """While active, ``constrain`` and the sharded kernels use this layout, and what is chosen
+        by platform is chosen for its devices."""
         token = _ACTIVE.set(self)
         try:
-            yield self
+            with compiling_for(self.mesh.devices.flat[0]):
+                yield self
         finally:
             _ACTIVE.reset(token)
 

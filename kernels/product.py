@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from kernels.platform import platform
+
 
 def product(x: jax.Array, w: jax.Array) -> jax.Array:
     """x [..., d_in] times w [d_in, d_out], in x's dtype.
@@ -15,12 +17,12 @@ def product(x: jax.Array, w: jax.Array) -> jax.Array:
     the product: so the smaller operand is put on the left, and kept out of the fusion.
     """
     w = w.astype(x.dtype)
-    return _product(x, w) if jax.default_backend() == "cpu" else jnp.dot(x, w)
+    return _product(x, w) if platform() == "cpu" else jnp.dot(x, w)
 
 
 def product_gradients(x: jax.Array, w: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(dx, dw) of ``product(x, w)`` from its cotangent g [..., d_out]; w in x's dtype."""
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         return _backward((x, w), g)
     return jax.vjp(jnp.dot, x, w)[1](g)
 

@@ -6,7 +6,6 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Literal
 
-import jax
 import jax.numpy as jnp
 
 from jaxpt.errors import ConfigError
@@ -19,6 +18,7 @@ from jaxpt.models.position import Learned, Positions, Rotary
 from jaxpt.weights.base import Rules, Scope, Weight
 from jaxpt.weights.dense import Dense
 from jaxpt.weights.init import Init
+from kernels.platform import platform
 
 if TYPE_CHECKING:
     from jaxpt.models.network import Network
@@ -207,10 +207,10 @@ class Transformer(ModelConfig):
         return Rules(self.weights, self.inits, self.dtype)
 
     def compute_dtype(self) -> jnp.dtype:
-        """dtype of activations, on the default backend."""
+        """dtype of activations, on the platform that is compiled for."""
         if self.compute != "auto":
             return jnp.dtype(self.compute)
-        return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        return jnp.dtype("float32" if platform() == "cpu" else "bfloat16")
 
     def padded_vocab(self, vocab_size: int) -> int:
         """Rows of the embedding."""

@@ -8,6 +8,7 @@ import jax
 
 from kernels.cross_entropy import reference, xla
 from kernels.cross_entropy.base import CrossEntropy, Options
+from kernels.platform import platform as backend
 
 Implementation = Literal["reference", "xla"]
 
@@ -28,9 +29,9 @@ def pick_chunk(
 
     Args:
       shards: over how many devices the logits are cut (by rows, positions and vocabulary).
-      platform: "cpu", "gpu", "tpu" that it runs on; None: the default backend.
+      platform: "cpu", "gpu", "tpu" that it runs on; None: that of ``kernels.platform``.
     """
-    bound = LOGITS_BYTES_CPU if (platform or jax.default_backend()) == "cpu" else LOGITS_BYTES
+    bound = LOGITS_BYTES_CPU if (platform or backend()) == "cpu" else LOGITS_BYTES
     needed = 4 * batch * length * vocabulary // max(shards, 1)
     chunks = max(1, -(-needed // bound))
     return max(1, -(-length // chunks))

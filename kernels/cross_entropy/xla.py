@@ -72,8 +72,11 @@ def _run(
     step = functools.partial(_chunk, w_DV.astype(x_BTD.dtype), bias_V, options, with_gradient)
     sums: tuple[Any, ...] = (None, None)
     if with_gradient:
+        # What nothing is added to is rounded as it is made: no float32 copy of dW.
+        once = chunks == shards == 1 and w_DV.dtype == x_BTD.dtype
+        dtype = w_DV.dtype if once else jnp.float32
         dbias = None if bias_V is None else jnp.zeros((shards, *bias_V.shape), jnp.float32)
-        sums = (jnp.zeros((shards, *w_DV.shape), jnp.float32), dbias)
+        sums = (jnp.zeros((shards, *w_DV.shape), dtype), dbias)
     data = jax.tree.map(cut, (x_BTD, targets_BT, weights_BT.astype(jnp.float32)))
     if chunks == 1:
         sums, tokens = step(sums, jax.tree.map(lambda a: a[0], data))
@@ -142,9 +145,9 @@ def _chunk(w_DV, bias_V, options, with_gradient, sums, data):
         g_SNV = g_SNV * options.logit_scale
     g_SNV = g_SNV.astype(x_SND.dtype)
     dx_SND = _einsum("snv,dv->snd", g_SNV, w_DV).astype(x_SND.dtype)
-    dw_SDV = dw_SDV + _einsum("snd,snv->sdv", x_SND, g_SNV)
+    dw_SDV = dw_SDV + _einsum("snd,snv->sdv", x_SND, g_SNV, dw_SDV.dtype)
     return (dw_SDV, dbias_SV), (*tokens, dx_SND)
 
 
-def _einsum(axes, a, b):
-    return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32)
+def _einsum(axes, a, b, dtype=jnp.float32):
+    return jnp.einsum(axes, a, b, preferred_element_type=dtype)
