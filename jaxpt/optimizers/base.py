@@ -1,8 +1,8 @@
 """What an optimizer is: a frozen config over optax, with parameter groups and a schedule.
 
 To add one, write a file with a dataclass that derives from ``Optimizer`` and gives the rule for one
-array (``rule``); clipping, groups, weight decay and the learning rate come from here.
-One row in ``tests/test_optimizers.py`` tests it.
+array (``rule``), or for all arrays of a weight (``joint``); clipping, groups, weight decay and the
+learning rate come from here. One row in ``tests/test_optimizers.py`` tests it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import types
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -20,7 +21,7 @@ from jaxpt.optimizers.eight_bit import in_eight_bits
 from jaxpt.optimizers.groups import Group, Tensors, Treatment, resolve
 from jaxpt.optimizers.paths import map_with_path
 from jaxpt.optimizers.rounding import rounded
-from jaxpt.optimizers.rules import Rule, by_tensor, of_optax, one_layer
+from jaxpt.optimizers.rules import Rule, by_tensor, gathered, of_optax, one_layer
 from jaxpt.optimizers.schedules import Constant, InSteps, Schedule, StepFunction
 from jaxpt.state import Params, whole
 from jaxpt.weights.base import Tensor
@@ -45,7 +46,8 @@ class Built(optax.GradientTransformationExtraArgs):
     """An optimizer's transformation over nested dicts, with state ``ByTensor``.
 
     rules: path -> what makes of a gradient the change of one array, learning rate and decay
-      included; without what is frozen. For steps that update one layer at a time.
+      included; without what is frozen. For steps that update one layer at a time. What is updated
+      as one shares a rule.
     clip: greatest global norm of the gradient, which such steps must see to themselves; or None.
     seed: of the rules' keys.
     start: updates made before the phase: the phase's step is the state's count less this.
@@ -132,6 +134,19 @@ class Optimizer:
         """Of the keys that rules get."""
         return 0
 
+    def joint(self, tensors: Mapping[str, Tensor], rate: StepFunction) -> Rule | None:
+        """How the arrays of one weight are updated as one: gradients -> changes, to be added.
+
+        Args:
+          tensors: name -> row of the table, of the weight's tensors that are trained (two or
+            more); of stacked ones, that of one layer. They are the keys of the rule's dicts.
+          rate: the learning rate after so many updates.
+
+        Returns:
+          The rule; None where each tensor goes by ``rule``.
+        """
+        return None
+
     def learning_rate(self, total_steps: int | None, in_steps: InSteps) -> StepFunction:
         """lr * schedule, a function of the phase's step.
 
@@ -160,7 +175,7 @@ class Optimizer:
             before: ``learning_rate`` gets the update count less ``start``. 0 with a fresh state.
 
         Raises:
-          ConfigError: a group that no parameter belongs to.
+          ConfigError: a group that no parameter belongs to, or that parts what is updated as one.
         """
         treatments = resolve(self.groups, self.weight_decay, tensors)
 
@@ -168,10 +183,11 @@ class Optimizer:
             return learning_rate(jnp.maximum(count - start, 0))
 
         rules = {
-            path: self._complete(one_layer(tensors[path]), treatment, rate)
+            path: self._complete(self.rule(one_layer(tensors[path])), treatment, rate)
             for path, treatment in treatments.items()
             if not treatment.frozen
         }
+        rules |= self._joint_rules(tensors, {path: treatments[path] for path in rules}, rate)
         in_turn, seed = self.state_dtype == "8bit", self.rule_seed
         transform = by_tensor(tensors, rules, seed, in_turn=in_turn)
         built = Built.of(transform, rules, self.clip, seed)
@@ -179,20 +195,49 @@ class Optimizer:
         built.rates = {path: _scaled(rate, treatments[path].lr_scale) for path in rules}
         return built
 
-    def _complete(self, row: Tensor, treatment: Treatment, rate: StepFunction) -> Rule:
-        """The rule for one array, with decay and learning rate: gradient -> change."""
+    def _joint_rules(self, tensors: Tensors, treatments: dict[str, Treatment], rate: StepFunction):
+        """Path -> rule, of the weights whose arrays are updated as one."""
+        weights: dict[str, list[str]] = {}
+        for path in treatments:
+            weights.setdefault(path.rpartition("/")[0], []).append(path)
+        rules: dict[str, Rule] = {}
+        for paths in weights.values():
+            own = treatments[paths[0]]
+            rows = gathered({path: one_layer(tensors[path]) for path in paths}, tuple(paths))
+            rule = self.joint(rows, _scaled(rate, own.lr_scale)) if len(paths) > 1 else None
+            if rule is None:
+                continue
+            if any(treatments[path] != own for path in paths):
+                message = "are updated as one: they need the same lr_scale and weight_decay"
+                raise ConfigError("groups", f"{', '.join(paths)} {message}")
+            rules |= dict.fromkeys(paths, self._complete(rule, own, rate, tuple(paths)))
+        return rules
+
+    def _complete(
+        self, rule: Rule, treatment: Treatment, rate: StepFunction, together: tuple[str, ...] = ()
+    ) -> Rule:
+        """The rule with decay and learning rate: gradient -> change."""
         eight = self.state_dtype == "8bit"
-        rule = in_eight_bits(self.rule(row)) if eight else self.rule(row)
+        rule = in_eight_bits(rule) if eight else rule
         dtype = jnp.dtype("float32" if eight else self.state_dtype)
 
-        def update(grad, state, param, count, key):
-            param = param.astype(dtype)
-            direction, state = rule.update(grad.astype(dtype), state, param, count, key)
-            if treatment.weight_decay:
-                direction += jnp.asarray(treatment.weight_decay, dtype) * param
-            return -(rate(count) * treatment.lr_scale).astype(dtype) * direction, state
+        def held(tree):
+            return jax.tree.map(lambda x: x.astype(dtype), tree)
 
-        whole_rule = Rule(lambda param: rule.init(param.astype(dtype)), update, rule.elementwise)
+        def update(grad, state, param, count, key):
+            param = held(param)
+            found, state = rule.update(held(grad), state, param, count, key)
+            length = -(rate(count) * treatment.lr_scale).astype(dtype)
+
+            def change(u, p):
+                decay = (
+                    jnp.asarray(treatment.weight_decay, dtype) * p if treatment.weight_decay else 0
+                )
+                return u + length * decay if together else length * (u + decay)
+
+            return jax.tree.map(change, found, param), state
+
+        whole_rule = Rule(lambda p: rule.init(held(p)), update, rule.elementwise, together)
         return rounded(whole_rule) if self.rounding == "stochastic" else whole_rule
 
     def eval_params(self, state: Any, params: Params) -> Params:

@@ -1,4 +1,5 @@
-"""The update of one array of a stack, in place and a block of rows at a time.
+"""The update of one array of a stack (or of those of a weight that are updated as one), in place
+and a block of rows at a time.
 
 A rule's temporaries are several float32 arrays of its parameter's size. Where each entry goes by
 itself (``Rule.elementwise``) they are made of a few million entries at a time.
@@ -10,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxpt.mesh import active_layout
 from jaxpt.optimizers.rules import Rule
@@ -20,7 +22,7 @@ BLOCK_ENTRIES = 2**22
 
 
 def update_in_place(
-    rule: Rule, tensor: Tensor, stacks: Any, grad: jax.Array, count: jax.Array, key: jax.Array, at
+    rule: Rule, tensor: Tensor, stacks: Any, grad: Any, count: jax.Array, key: jax.Array, at
 ) -> tuple[Any, jax.Array]:
     """Updates array number ``at`` of a stack of parameters and that of their states.
 
@@ -83,10 +85,11 @@ def block_rows(tensor: Tensor) -> tuple[int, int | None]:
     return ways[0], None if size >= held[0] else size
 
 
-def _changed(rule: Rule, old: Any, grad: jax.Array, count: jax.Array, key: jax.Array):
+def _changed(rule: Rule, old: Any, grad: Any, count: jax.Array, key: jax.Array):
     """((parameter, state) after the update, sum of the squares of the change)."""
     # Read, changed, written: without the barriers XLA keeps a copy of what is written to.
     (param, state), grad = jax.lax.optimization_barrier((old, grad))
     change, state = rule.update(grad, state, param, count, key)
-    square = jnp.sum(jnp.square(change.astype(jnp.float32)))
-    return jax.lax.optimization_barrier((((param + change).astype(param.dtype), state), square))
+    square = optax.tree.norm(jax.tree.map(lambda c: c.astype(jnp.float32), change), squared=True)
+    param = jax.tree.map(lambda p, c: (p + c).astype(p.dtype), param, change)
+    return jax.lax.optimization_barrier(((param, state), square))

@@ -32,10 +32,13 @@ def rounded(rule: Rule) -> Rule:
 
     def update(grad, state, param, step, key):
         change, state = rule.update(grad, state, param, step, key)
-        if param.dtype != jnp.bfloat16:
-            return change, state
-        start = param.astype(jnp.float32)
         key = jax.random.fold_in(jax.random.fold_in(key, _OWN), step)
-        return stochastic(start + change.astype(jnp.float32), key) - start, state
+        changes, tree = jax.tree.flatten(change)
+        for i, old in enumerate(jax.tree.leaves(param)):
+            if old.dtype == jnp.bfloat16:
+                start = old.astype(jnp.float32)
+                end = start + changes[i].astype(jnp.float32)
+                changes[i] = stochastic(end, jax.random.fold_in(key, i)) - start
+        return tree.unflatten(changes), state
 
-    return Rule(rule.init, update, rule.elementwise)
+    return rule._replace(update=update)

@@ -1,4 +1,5 @@
-"""The rule of an optimizer: how one array is updated from its own gradients.
+"""The rule of an optimizer: how one array is updated from its own gradients, or all arrays of one
+weight from theirs.
 
 Of a stacked tensor every layer is an array of its own, so that nothing depends on whether layers
 are stacked, and a step may update one layer at a time.
@@ -7,9 +8,10 @@ are stacked, and a step may update one layer at a time.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,12 +19,13 @@ import jax.numpy as jnp
 import optax
 
 from jaxpt.optimizers.groups import Tensors
-from jaxpt.optimizers.paths import map_with_path, without_number
+from jaxpt.optimizers.paths import without_number
+from jaxpt.state import flatten
 from jaxpt.weights.base import Tensor
 
 
 class Rule(NamedTuple):
-    """Two pure functions of one array.
+    """Two pure functions of one array; or of the arrays of one weight.
 
     init: parameter -> state, a pytree of arrays.
     update: (gradient, state, parameter, updates made before this one, key) -> (direction, state).
@@ -30,11 +33,14 @@ class Rule(NamedTuple):
       seed and on the parameter's path and layer, not on the step.
     elementwise: whether each entry goes by itself (in 8 bits, each block of a row), so that
       ``update`` may be called on blocks of rows, each with a key of its own.
+    together: paths of the tensors of one weight that are updated as one, two or more. Parameter,
+      gradient, state and direction are then dicts of theirs, by the last parts of the paths.
     """
 
-    init: Callable[[jax.Array], Any]
-    update: Callable[[jax.Array, Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+    init: Callable[[Any], Any]
+    update: Callable[[Any, Any, Any, jax.Array, jax.Array], tuple[Any, Any]]
     elementwise: bool = False
+    together: tuple[str, ...] = ()
 
 
 class ByTensor(NamedTuple):
@@ -95,48 +101,73 @@ def by_tensor(
     """
 
     def init_fn(params):
-        def one(path, param):
-            if path not in rules:
-                return None
-            init = rules[path].init
-            return jax.vmap(init)(param) if tensors[path].stacked else init(param)
-
-        return ByTensor(jnp.zeros([], jnp.int32), map_with_path(one, params))
+        flat, states = flatten(params), {}
+        for paths in units(rules, flat):
+            init = rules[paths[0]].init
+            init = jax.vmap(init) if tensors[paths[0]].stacked else init
+            states |= scattered(paths, init(gathered(flat, paths)))
+        tree = jax.tree.structure(params)
+        return ByTensor(jnp.zeros([], jnp.int32), tree.unflatten(states.get(p) for p in flat))
 
     def update_fn(updates, state, params=None):
-        def one(path, grad, own, param):
-            if path not in rules:
-                return jnp.zeros_like(grad), None
-            update, keys = rules[path].update, keys_of(path, tensors[path], seed)
-            if not tensors[path].stacked:
-                return update(grad, own, param, state.count, keys)
-            if in_turn:
-                return _in_turn(update, grad, own, param, state.count, keys)
-            return jax.vmap(update, (0, 0, 0, None, 0))(grad, own, param, state.count, keys)
-
-        pairs = map_with_path(one, updates, state.states, params)
-        tree = jax.tree.structure(updates)
-        found = tree.flatten_up_to(pairs)
-        changes, states = (tree.unflatten(part) for part in zip(*found, strict=True))
+        tree, grads, flat = jax.tree.structure(updates), flatten(updates), flatten(params)
+        states = dict(zip(grads, tree.flatten_up_to(state.states), strict=True))
+        changes = {path: jnp.zeros_like(grads[path]) for path in grads.keys() - rules.keys()}
+        for paths in units(rules, grads):
+            update, tensor = rules[paths[0]].update, tensors[paths[0]]
+            if tensor.stacked:
+                update = functools.partial(_in_turn, update) if in_turn else _at_once(update)
+            own = [gathered(each, paths) for each in (grads, states, flat)]
+            change, new = update(*own, state.count, keys_of(paths[0], tensor, seed))
+            changes |= scattered(paths, change)
+            states |= scattered(paths, new)
+        changes, states = (tree.unflatten(each[p] for p in grads) for each in (changes, states))
         return changes, ByTensor(state.count + 1, states)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
 
+def units(rules: Mapping[str, Rule], paths: Iterable[str]) -> Iterator[tuple[str, ...]]:
+    """Those of ``paths`` that have a rule, each with the others that are updated with it."""
+    for path in paths:
+        unit = rules[path].together or (path,) if path in rules else ()
+        if path in unit[:1]:
+            yield unit
+
+
+def gathered(tree: Mapping[str, Any], paths: tuple[str, ...]) -> Any:
+    """What a rule takes, of a unit: the only one, or a dict by the last parts of the paths."""
+    if len(paths) == 1:
+        return tree[paths[0]]
+    return {path.rpartition("/")[2]: tree[path] for path in paths}
+
+
+def scattered(paths: tuple[str, ...], found: Any) -> dict[str, Any]:
+    """Path -> what a rule gives for it: inverts ``gathered``."""
+    if len(paths) == 1:
+        return {paths[0]: found}
+    return {path: found[path.rpartition("/")[2]] for path in paths}
+
+
+def _at_once(update):
+    return jax.vmap(update, (0, 0, 0, None, 0))
+
+
 def _in_turn(update, grads, states, params, count, keys):
     """``update`` layer by layer; directions take the gradients' place."""
 
+    def at(tree, i):
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
+
     def layer(i, carry):
-        at = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), carry)
-        param = jax.lax.dynamic_index_in_dim(params, i, keepdims=False)
         # All is read before anything is written: else XLA keeps copies of the whole carry.
-        at = jax.lax.optimization_barrier(at)
-        new = jax.lax.optimization_barrier(update(*at, param, count, keys[i]))
+        grad, state = jax.lax.optimization_barrier(at(carry, i))
+        new = jax.lax.optimization_barrier(update(grad, state, at(params, i), count, keys[i]))
         return jax.tree.map(
             lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y.astype(x.dtype), i, 0), carry, new
         )
 
-    return jax.lax.fori_loop(0, len(grads), layer, (grads, states))
+    return jax.lax.fori_loop(0, len(keys), layer, (grads, states))
 
 
 def one_layer(tensor: Tensor) -> Tensor:
