@@ -283,7 +283,9 @@ def test_cudnn_refuses(name):
         ("tpu", {"dropout": (0.1, 0)}, "xla"),
         ("tpu", {"segments": np.ones((1, 128), int)}, "pallas_tpu"),
         ("gpu", {}, "cudnn"),
-        ("gpu", {"segments": np.ones((1, 128), int)}, "xla"),
+        ("gpu", {"segments": np.ones((1, 128), int)}, "pallas_gpu"),
+        ("gpu", {"bias": RelativeBias(np.zeros((2, 8), np.float32))}, "pallas_gpu"),
+        ("gpu", {"softcap": 2.0, "dropout": (0.1, 0)}, "xla"),
     ],
 )
 def test_choice(backend, change, choice, monkeypatch):
@@ -293,9 +295,9 @@ def test_choice(backend, change, choice, monkeypatch):
     monkeypatch.setitem(api.IMPLEMENTATIONS, choice, lambda *_, **__: choice)
     q = jnp.zeros((1, 128, 2, 64), jnp.bfloat16)
     assert attention(q, q, q, causal=True, **change) == choice
-    if backend == "tpu":  # one query at a time
+    if choice.startswith("pallas"):  # one query at a time
         monkeypatch.setitem(api.IMPLEMENTATIONS, "xla", lambda *_, **__: "xla")
-        assert attention(q[:, :1], q, q) == "xla"
+        assert attention(q[:, :1], q, q, softcap=2.0) == "xla"
 
 
 def test_kernel_is_chosen_inside_a_mesh_only(monkeypatch):

@@ -8,15 +8,17 @@ import logging
 import jax
 import jax.numpy as jnp
 
-from kernels.attention import cudnn, reference, tpu, xla
+from kernels.attention import cudnn, gpu, reference, tpu, xla
 from kernels.attention.bias import ALiBi, RelativeBias, materialize
 
 IMPLEMENTATIONS = {
     "reference": reference.attention,
     "xla": xla.attention,
     "pallas_tpu": tpu.attention,
+    "pallas_gpu": gpu.attention,
     "cudnn": cudnn.attention,
     "pallas_tpu_interpret": functools.partial(tpu.attention, interpret=True),
+    "pallas_gpu_interpret": functools.partial(gpu.attention, interpret=True),
 }
 # Fewer queries than this leave most of a block of the kernel empty.
 LEAST_QUERIES = 128
@@ -64,9 +66,9 @@ def attention(
       softcap: bounds the scores (before the bias) by its magnitude.
       scale: of the scores; default H^-0.5.
       dropout: (rate, key) of dropout on the probabilities.
-      implementation: "xla", "reference", "pallas_tpu" (on one device, or by
-        ``sharded_attention``), "pallas_tpu_interpret" (the same without a
-        TPU, to test), "cudnn", or None for the fastest that serves the arguments.
+      implementation: "xla", "reference", "pallas_tpu" and "pallas_gpu" (on one device, or by
+        ``sharded_attention``), "pallas_tpu_interpret" and "pallas_gpu_interpret" (the same
+        without the device, to test), "cudnn", or None for the fastest that serves the arguments.
 
     Returns:
       [B, T, N, H_v] in q's dtype.
@@ -108,8 +110,8 @@ def shared_bias(
     that the layers share its computation, and their gradients are added up before they go to the
     table. For rows of default positions.
     """
-    inside = jax.default_backend() == "tpu" and queries >= LEAST_QUERIES and _on_one_device()
-    implementation = implementation or ("pallas_tpu" if inside else "xla")
+    inside = queries >= LEAST_QUERIES and _on_one_device()
+    implementation = implementation or (_kernel() if inside else None) or "xla"
     if bias is None or implementation not in ("xla", "reference"):
         return bias
     return materialize(bias, queries, keys)[None]
@@ -117,26 +119,33 @@ def shared_bias(
 
 def _fastest(q, k, v, arguments) -> str:
     """The implementation for the default backend and these arguments."""
-    backend = jax.default_backend()
-    if backend == "tpu":
-        refused = tpu.unserved(q, k, v, **arguments)
-        if q.shape[1] < LEAST_QUERIES:
-            refused = f"length, of less than {LEAST_QUERIES}"
-        if not _on_one_device():
-            refused = "mesh: call sharded_attention"
-        best = "pallas_tpu"
-    elif backend == "gpu" and _capability() >= (8, 0):
-        refused, best = cudnn.unserved(q, k, v, **arguments), "cudnn"
-    else:
+    backend, best = jax.default_backend(), _kernel()
+    if backend == "gpu" and _capability() >= (8, 0) and not cudnn.unserved(q, k, v, **arguments):
+        return _chosen("cudnn", f"the backend is {backend}")
+    if best is None:
         return _chosen("xla", f"the backend is {backend}")
+    refused = (gpu if best == "pallas_gpu" else tpu).unserved(q, k, v, **arguments)
+    if q.shape[1] < LEAST_QUERIES:
+        refused = f"length, of less than {LEAST_QUERIES}"
+    if not _on_one_device():
+        refused = "mesh: call sharded_attention"
     if refused is not None:
         return _chosen("xla", f"{best} does not serve this {refused}")
     return _chosen(best, f"the backend is {backend}")
 
 
+def _kernel() -> str | None:
+    """Our kernel for the default backend: of GPUs, those that it was compiled for (Ampere, Ada,
+    Hopper)."""
+    backend = jax.default_backend()
+    if backend == "gpu":
+        return "pallas_gpu" if (8, 0) <= _capability() < (10, 0) else None
+    return "pallas_tpu" if backend == "tpu" else None
+
+
 def _on_one_device() -> bool:
     """Whether what is traced runs on one device: there is no other, or this is a shard_map. XLA
-    cannot cut a TPU kernel over several."""
+    cannot cut a kernel over several."""
     return jax.device_count() == 1 or jax.sharding.get_abstract_mesh().are_all_axes_manual
 
 

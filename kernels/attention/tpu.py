@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels.attention import blocks, tpu_backward, tpu_forward, xla
+from kernels.attention import blocks, tpu_backward, tpu_forward
 from kernels.attention.bias import ALiBi, RelativeBias, by_distance
 from kernels.attention.blocks import Rule
+from kernels.attention.second import derivative_of_gradients
 from kernels.attention.tpu_parts import LANES, MASKED, Plan
 
 
@@ -194,22 +195,13 @@ def _gradients_forward(plan: Plan, back: Plan, q, k, v, bias, marks, out, lse, g
 
 
 def _gradients_backward(plan: Plan, back: Plan, saved, cotangents):
-    """Second derivatives, by XLA. The result and its sums are functions of the rest: all of the
-    derivative goes to that."""
+    """By XLA. The result and its sums are functions of the rest: all of the derivative goes to
+    that."""
     *arguments, (segments, kv_segments, prefix), g = saved
-    rule = plan.rule
-    marks = {"segments": segments, "kv_segments": kv_segments, "prefix": prefix}
-
-    def first(q, k, v, bias, g):
-        def attend(q, k, v, bias):
-            return xla.attention(
-                q, k, v, bias=bias, softcap=plan.softcap, scale=plan.scale, causal=rule.causal,
-                window=rule.window, **marks,
-            )  # fmt: skip
-
-        return jax.vjp(attend, q, k, v, bias)[1](g)
-
-    *firsts, d_g = jax.vjp(first, *arguments, g)[1](cotangents)
+    options = {"segments": segments, "kv_segments": kv_segments, "prefix": prefix}
+    options |= {"causal": plan.rule.causal, "window": plan.rule.window}
+    options |= {"softcap": plan.softcap, "scale": plan.scale}
+    *firsts, d_g = derivative_of_gradients(options, arguments, g, cotangents)
     return *firsts, (None, None, None), None, None, d_g
 
 

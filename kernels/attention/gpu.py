@@ -1,0 +1,297 @@
+"""Attention on NVIDIA GPUs by Pallas kernels, from Ampere on: layouts, padding, and the rule of
+differentiation.
+
+The kernels are lowered by Triton, which serves Ampere, Ada and Hopper alike. ``sizes_of`` is where
+another lowering for newer chips would be chosen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels.attention import gpu_backward, gpu_forward
+from kernels.attention import gpu_parts as parts
+from kernels.attention.bias import ALiBi, RelativeBias, by_distance
+from kernels.attention.blocks import Rule
+from kernels.attention.gpu_parts import LOG2E, MASKED, Plan, Size
+from kernels.attention.rule import row_indices
+from kernels.attention.second import derivative_of_gradients
+
+LEAST = 16  # rows and columns of a product of blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Blocks of each kernel; those of the bias's kernel are square."""
+
+    forward: Size
+    keys: Size
+    queries: Size
+    bias: Size
+
+
+def sizes_of(width: int, dtype) -> Sizes:
+    """Blocks for heads of ``width`` (a power of two; of values, if that is more)."""
+    if dtype == jnp.float32:
+        return Sizes(Size(32, 32), Size(32, 32), Size(32, 32), Size(32, 32))
+    if width <= 64:
+        return Sizes(Size(128, 64), Size(64, 64), Size(64, 64), Size(64, 64))
+    if width <= 128:
+        return Sizes(Size(128, 64, 8), Size(64, 64, 8), Size(64, 64, 8), Size(64, 64, 8))
+    return Sizes(Size(64, 32, 8), Size(32, 32, 8), Size(32, 32, 8), Size(32, 32, 8))
+
+
+def unserved(q, k, v, *, positions, kv_positions, bias, dropout, **_) -> str | None:
+    """The argument that these kernels cannot serve, or None; arguments as of ``attention``."""
+    placed = positions is not None or kv_positions is not None
+    refused = {
+        "dropout": dropout is not None,
+        "bias (an array)": bias is not None and not isinstance(bias, RelativeBias | ALiBi),
+        "bias (T5's, at positions)": isinstance(bias, RelativeBias) and placed,
+        "dtype": q.dtype not in (jnp.float32, jnp.bfloat16) or {k.dtype, v.dtype} != {q.dtype},
+        "width of heads": max(q.shape[-1], v.shape[-1]) > 256,
+    }
+    return next((name for name, is_refused in refused.items() if is_refused), None)
+
+
+def attention(
+    q,
+    k,
+    v,
+    *,
+    causal=False,
+    prefix=None,
+    segments=None,
+    kv_segments=None,
+    positions=None,
+    kv_positions=None,
+    window=None,
+    bias=None,
+    softcap=None,
+    scale,
+    dropout=None,
+    sizes: Sizes | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """As ``kernels.attention.attention``, with ``scale`` given. ``sizes``: None for ``sizes_of``;
+    ``interpret``: to run where there is no GPU.
+
+    Raises NotImplementedError for what ``unserved`` names.
+    """
+    refused = unserved(
+        q, k, v, positions=positions, kv_positions=kv_positions, bias=bias, dropout=dropout
+    )
+    if refused is not None:
+        raise NotImplementedError(f"implementation='pallas_gpu' does not serve this {refused}")
+    queries, keys = q.shape[1], k.shape[1]
+    sizes = sizes or sizes_of(_width(max(q.shape[-1], v.shape[-1])), q.dtype)
+    placed = positions is not None or kv_positions is not None
+    ordered = causal or window is not None or bias is not None
+
+    reach = min(bias.max_distance, max(queries, keys)) if isinstance(bias, RelativeBias) else 0
+
+    def plan(size: Size, square: bool) -> Plan:
+        bq, bk = min(size.queries, _width(queries)), min(size.keys, _width(keys))
+        bq, bk = (min(bq, bk),) * 2 if square else (bq, bk)
+        rule = Rule(
+            queries,
+            keys,
+            bq,
+            bk,
+            causal=causal,
+            window=window,
+            segments=segments is not None,
+            prefix=prefix is not None,
+            positions=placed and ordered,
+        )
+        return Plan(
+            rule,
+            dataclasses.replace(size, queries=bq, keys=bk),
+            scale=float(scale),
+            softcap=softcap,
+            reach=reach,
+            sloped=isinstance(bias, ALiBi),
+            interpret=interpret,
+        )
+
+    plans = Plans(
+        plan(sizes.forward, False),
+        plan(sizes.keys, False),
+        plan(sizes.queries, False),
+        plan(sizes.bias, True),
+    )
+    marks = {"segments": segments, "kv_segments": kv_segments, "prefix": prefix}
+    if placed and ordered:
+        marks["positions"] = _positions(positions, queries)
+        marks["kv_positions"] = _positions(kv_positions, keys)
+    results: Any = _attend(plans, q, k, v, bias, marks)
+    return results[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plans:
+    """Of the four kernels."""
+
+    forward: Plan
+    keys: Plan
+    queries: Plan
+    bias: Plan
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Lengths of queries and keys that are whole blocks of every kernel."""
+        rules = [getattr(self, field.name).rule for field in dataclasses.fields(self)]
+        return max(r.padded_queries for r in rules), max(r.padded_keys for r in rules)
+
+
+def _width(n: int) -> int:
+    """The next power of two, and enough for a product."""
+    return max(LEAST, 1 << (n - 1).bit_length())
+
+
+def _positions(positions, length: int):
+    """int32 [1 or B, length]."""
+    return row_indices(positions, length).astype(jnp.int32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plans: Plans, q, k, v, bias, marks):
+    """The result and the scores' log2 sums [B, N, T]; the derivative is that of the result.
+
+    Arguments as of ``attention``; marks: the arrays of the rule by name.
+    """
+    arrays, rows, marks = _padded(plans, q, k, v, marks)
+    table = parts.tables(plans.forward, _cut(plans.forward, marks))
+    out, lse = gpu_forward.forward(
+        plans.forward, arrays["q"], arrays["k"], arrays["v"], rows, _strips(plans, bias), table
+    )
+    queries = plans.forward.rule.queries
+    return out[:, :queries, :, : v.shape[-1]], lse[..., :queries]
+
+
+def _forward(plans: Plans, q, k, v, bias, marks):
+    # By way of the function with its rule, so that this can be differentiated again.
+    results: Any = _attend(plans, q, k, v, bias, marks)
+    return results, (q, k, v, bias, marks, *results)
+
+
+def _backward(plans: Plans, saved, cotangents):
+    gradients: Any = _gradients(plans, *saved, cotangents[0])
+    return *gradients, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gradients(plans: Plans, q, k, v, bias, marks, out, lse, g):
+    """Gradients of q, k, v and bias."""
+    arrays, rows, marks = _padded(plans, q, k, v, marks)
+    queries, keys = plans.forward.rule.queries, plans.forward.rule.keys
+    length = plans.padded[0]
+    delta = (out.astype(jnp.float32) * g.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
+    arrays["do"] = _pad(g, {1: length, 3: _width(g.shape[-1])})
+    # Queries of padding have probabilities of zero.
+    arrays["lse"] = _pad(lse, {2: length}, -MASKED)
+    arrays["delta"] = _pad(delta, {2: length})
+    strips, pull = jax.vjp(lambda bias: _strips(plans, bias), bias)
+    found: dict[str, Any] = {}
+    for name, by_key, kernel in (
+        ("keys", True, gpu_backward.of_keys),
+        ("queries", False, gpu_backward.of_queries),
+    ):
+        plan = getattr(plans, name)
+        table = parts.tables(plan, _cut(plan, marks), by_key)
+        found[name] = kernel(plan, arrays, rows, strips, table)
+    (dk, dv), (dq, sums) = found["keys"], found["queries"]
+    sums: Any = None if sums is None else sums[..., :queries]
+    d_strips = dict.fromkeys(strips)
+    if plans.bias.reach:
+        d_strips["strip"] = gpu_backward.of_strip(plans.bias, arrays, rows, strips, sums) / LOG2E
+    if plans.bias.sloped:
+        d_strips["slopes"] = sums.sum((0, 3)) / LOG2E
+    (d_bias,) = pull(d_strips)
+    dq = dq[:, :queries, :, : q.shape[-1]]
+    return dq, dk[:, :keys, :, : k.shape[-1]], dv[:, :keys, :, : v.shape[-1]], d_bias
+
+
+def _gradients_forward(plans: Plans, q, k, v, bias, marks, out, lse, g):
+    return _gradients(plans, q, k, v, bias, marks, out, lse, g), (q, k, v, bias, marks, g)
+
+
+def _gradients_backward(plans: Plans, saved, cotangents):
+    """By XLA. The result and its sums are functions of the rest: all of the derivative goes to
+    that."""
+    *arguments, marks, g = saved
+    plan = plans.forward
+    options = {"softcap": plan.softcap, "scale": plan.scale, **marks}
+    options |= {"causal": plan.rule.causal, "window": plan.rule.window}
+    *firsts, d_g = derivative_of_gradients(options, arguments, g, cotangents)
+    return *firsts, None, None, None, d_g
+
+
+_gradients.defvjp(_gradients_forward, _gradients_backward)
+
+
+def _pad(x, lengths: dict[int, int], value: float = 0) -> Any:
+    """``x`` filled up to these lengths of its axes."""
+    widths = [(0, lengths.get(axis, n) - n) for axis, n in enumerate(x.shape)]
+    if not any(after for _, after in widths):
+        return x
+    return jnp.pad(x, widths, constant_values=value)
+
+
+def _padded(plans: Plans, q, k, v, marks):
+    """(arrays, rows, marks) as the kernels take them: of whole blocks and widths, with the rows'
+    arrays int32, [B, length] for the kernels and as given for the tables."""
+    lengths = dict(zip("qk", plans.padded, strict=True))
+    arrays = {
+        name: _pad(x, {1: lengths["q" if name == "q" else "k"], 3: _width(x.shape[-1])})
+        for name, x in (("q", q), ("k", k), ("v", v))
+    }
+    marks = {name: x.astype(jnp.int32) for name, x in marks.items() if x is not None}
+    for name, x in marks.items():
+        length = lengths["q" if name in ("segments", "positions") else "k"]
+        if name.endswith("positions"):  # of padding: one that occurs
+            marks[name] = jnp.pad(x, ((0, 0), (0, length - x.shape[1])), mode="edge")
+        else:
+            marks[name] = _pad(x, {1: length})
+    rows = {
+        "q_ids": marks.get("segments"),
+        "k_ids": marks.get("kv_segments"),
+        "k_prefix": marks.get("prefix"),
+        "q_at": marks.get("positions"),
+        "k_at": marks.get("kv_positions"),
+    }
+    if rows["q_ids"] is not None:  # a query of padding matches no key, one of padding neither
+        rows["q_ids"] = jnp.where(rows["q_ids"] == 0, -1, rows["q_ids"])
+    rows = {
+        name: x if x is None else jnp.broadcast_to(x, (q.shape[0], x.shape[1]))
+        for name, x in rows.items()
+    }
+    return arrays, rows, marks
+
+
+def _cut(plan: Plan, marks: dict) -> dict:
+    """The marks of this kernel's whole blocks."""
+    rule = plan.rule
+    return {
+        name: x[:, : rule.padded_queries if name in ("segments", "positions") else rule.padded_keys]
+        for name, x in marks.items()
+    }
+
+
+def _strips(plans: Plans, bias) -> dict:
+    """{"strip": [N, span], "slopes": [N, 1]} of a bias, float32 in units of log2, or None each."""
+    strip = slopes = None
+    if isinstance(bias, RelativeBias):
+        reach = plans.bias.reach
+        strip = by_distance(bias, jnp.arange(-reach, reach + 1)) * LOG2E
+    elif isinstance(bias, ALiBi):
+        slopes = bias.slopes.astype(jnp.float32)[:, None] * LOG2E
+    return {"strip": strip, "slopes": slopes}
