@@ -8,7 +8,7 @@ full rank 34.06, SLTrain 34.15, GaLore 34.88, ReLoRA 37.04, low rank 78.18; that
 within 0.05 nats, for ReLoRA to be worse than GaLore, and low rank to be worse than ReLoRA by more
 than 0.1.
 
-Each arm's learning rate is the best of three, spaced by about three, on half the steps of one run.
+Each arm's learning rate is the best of three, spaced by about three, on a third of the steps of one run.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ BASE = Run(
     tokenizer=BPE(vocab_size=1024),
     phases=(
         Phase(
-            steps=300,
+            steps=400,
             data=Half(),
             objective=CausalLM(),
             optimizer=AdamW(lr=3e-3, schedule=SCHEDULE, weight_decay=0.0, b2=0.999, clip=1.0),
-            batch=4,
+            batch=2,
             length=256,
         ),
     ),
-    evaluate=Evaluate(every=share(0.25), batches=16, samples=0),
+    evaluate=Evaluate(every=share(0.25), batches=32, samples=0),
     checkpoint=Checkpoint(keep=1),
     monitor=Monitor(console="off", tensorboard=False),
     mesh=Mesh(devices=1),
@@ -104,8 +104,8 @@ STUDY = Study(
         Relation("sltrain", "~", "sltrain_uniform", 0.05),
     ),
     sizes={
-        "full": Size({}, tuning={"steps": 150, "data": Half(half="tuning")}),
-        "quick": Size({"steps": 40, "evaluate.batches": 4}, seeds=(0,)),
+        "full": Size({}, tuning={"steps": 130, "evaluate.every": None, "data": Half(half="tuning")}),
+        "quick": Size({"steps": 60, "evaluate.batches": 8}, seeds=(0,)),
         "smoke": Size(
             {
                 "tokenizer": Bytes(),
