@@ -19,7 +19,7 @@ import pathlib
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -92,14 +92,19 @@ def heading(record: dict[str, Any]) -> str:
     return f"{record['chip']}; {packages}; {record['date']}\n{record['command']}\n"
 
 
-def parser_of(module: str, description: str) -> argparse.ArgumentParser:
-    """Of ``python -m kernels.MODULE OP ...``: each operation with such a file adds its options."""
+def parser_of(
+    module: str, description: str, add: Callable[[argparse.ArgumentParser], None] | None = None
+) -> argparse.ArgumentParser:
+    """Of ``python -m kernels.MODULE OP ...``: each operation with such a file adds its options, and
+    ``add`` those of all."""
     parser = argparse.ArgumentParser(prog=f"python -m kernels.{module}", description=description)
     parsers = parser.add_subparsers(dest="operation", required=True, metavar="OP")
     for name in operations(module):
         own = importlib.import_module(f"kernels.{name}.{module}")
         sub = parsers.add_parser(name, help=(own.__doc__ or "").split("\n")[0])
         sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
+        if add is not None:
+            add(sub)
         own.add_arguments(sub)
         sub.set_defaults(own=own)
     return parser
