@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import os
 import sys
@@ -93,6 +94,26 @@ class BuildFlags:
 
 @dataclasses.dataclass(frozen=True)
 class VerifyFlags:
+    json: bool = False  # print one JSON object
+
+
+@dataclasses.dataclass(frozen=True)
+class ListCheckpointsFlags:
+    json: bool = False  # print one JSON object
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyCheckpointsFlags:
+    at_step: int | None = None  # the step to verify; None: all
+    json: bool = False  # print one JSON object
+
+
+@dataclasses.dataclass(frozen=True)
+class CleanCheckpointsFlags:
+    # remove all but the so many newest, once the newest is verified; None: what was cut off or
+    # set aside as damaged alone
+    keep: int | None = None
+    dry_run: bool = False  # say what would go, and remove nothing
     json: bool = False  # print one JSON object
 
 
@@ -183,6 +204,16 @@ def _data_verify(args: list[str]) -> int | None:
     return _module("data.build").main_verify(Path(operands[0]), json=given.get("json", False))
 
 
+def _checkpoint(action: str, own: Any, args: list[str]) -> int | None:
+    from jaxpt.config import flags
+
+    entries = flags.entries(own)
+    operands, rest = _operands(args, f"checkpoint {action}", ("DIR",), entries)
+    given = flags.parse(entries, rest, prog=f"jaxpt checkpoint {action} DIR")
+    values = {e.name: given.get(e.name, e.value) for e in entries}
+    return _module("checkpoint_commands").main(action, Path(operands[0]), **values)
+
+
 def _doctor(args: list[str]) -> int | None:
     from jaxpt.config import flags
 
@@ -207,6 +238,21 @@ COMMANDS: dict[str, tuple[str, str, Callable[[list[str]], int | None]]] = {
         _data_build,
     ),
     "data verify": ("OUT", "holds a build's files against their checksums", _data_verify),
+    "checkpoint list": (
+        "DIR",
+        "what a run has saved",
+        functools.partial(_checkpoint, "list", ListCheckpointsFlags()),
+    ),
+    "checkpoint verify": (
+        "DIR [--at-step N]",
+        "holds all that was saved against its checksums",
+        functools.partial(_checkpoint, "verify", VerifyCheckpointsFlags()),
+    ),
+    "checkpoint clean": (
+        "DIR [--keep N] [--dry-run]",
+        "removes what was cut off or damaged, and old checkpoints where asked to",
+        functools.partial(_checkpoint, "clean", CleanCheckpointsFlags()),
+    ),
     "doctor": ("", "versions, devices and what is wrong with them", _doctor),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import errno
+import re
 import signal
 
 
@@ -53,11 +54,14 @@ def exit_code(error: BaseException) -> Exit:
         return Exit.DATA
     if isinstance(error, FloatingPointError):
         return Exit.NON_FINITE
-    # JAX's error is told by its text: importing JAX to ask for its class would start it.
+    # JAX's and tensorstore's errors are told by their texts: importing JAX to ask for its class
+    # would start it, and tensorstore's have none of their own.
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    number = int(found[1]) if found else error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return Exit.DISK
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)[:200]:
         return Exit.OUT_OF_MEMORY
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return Exit.DISK
     if isinstance(error, KeyboardInterrupt):
         return Exit.INTERRUPTED
     return Exit.BUG

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import types
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import jax
 
 from jaxpt.checkpoint import Checkpoints
 from jaxpt.data.encoding import Tokenizer
+from jaxpt.data.vocabulary import Vocabulary
 from jaxpt.errors import ConfigError, DataError
 from jaxpt.folder import RunFolder
 from jaxpt.generator import Generator
@@ -84,29 +86,38 @@ def load(
         notes += note
     if not home.checkpoints.is_dir():
         raise ConfigError("checkpoint", f"{home.path} holds no checkpoint")
-    with _without_warnings(), Checkpoints(home.checkpoints, read_only=True) as checkpoints:
-        step = _step(checkpoints, step, home.path)
-        progress = checkpoints.progress(step)
-        if progress["phase"] >= len(run.phases):
-            raise DataError(f"{home.path}: checkpoint {step} is of a phase that the run lacks")
-        program = Program(
-            run, progress["phase"], tokenizer.vocabulary, layout, progress["schedule_start"]
-        )
-        if type(program.phase.optimizer).eval_params is Optimizer.eval_params:
-            model = program.model
-            wanted = jax.tree.map(
-                lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-                model.abstract(),
-                model.shardings(layout),
-            )
-            params = checkpoints.restore_params(step, wanted)
+    with quiet(), Checkpoints(home.checkpoints, read_only=True) as checkpoints:
+        read = functools.partial(_read, run, tokenizer.vocabulary, layout, checkpoints)
+        if step is None:
+            found, damaged = checkpoints.newest(lambda step: (step, *read(step)))
+            notes += [f"checkpoint {bad} is damaged: {cause}" for bad, cause in damaged.items()]
         else:
-            params = program.eval_params(checkpoints.restore(step, program.abstract))
+            found = (step, *read(_known(checkpoints, step, home.path)))
+        if found is None:
+            raise ConfigError("checkpoint", f"{home.path} holds no checkpoint")
+    step, program, params = found
     return Loaded(home.path, program, params, tokenizer, step, tuple(notes))
 
 
+def _read(
+    run: Run, vocabulary: Vocabulary, layout: Layout, checkpoints: Checkpoints, step: int
+) -> tuple[Program, Params]:
+    progress = checkpoints.progress(step)
+    if progress["phase"] >= len(run.phases):
+        raise DataError(f"{checkpoints.folder / str(step)} is of a phase that the run lacks")
+    program = Program(run, progress["phase"], vocabulary, layout, progress["schedule_start"])
+    if type(program.phase.optimizer).eval_params is not Optimizer.eval_params:
+        return program, program.eval_params(checkpoints.restore(step, program.abstract))
+    wanted = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+        program.model.abstract(),
+        program.model.shardings(layout),
+    )
+    return program, checkpoints.restore_params(step, wanted)
+
+
 @contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """orbax warns that a folder opened for reading is read-only."""
     logger = logging.getLogger("absl")
     level = logger.level
@@ -125,13 +136,9 @@ def _layout(run: Run) -> tuple[Layout, list[str]]:
     return layout, []
 
 
-def _step(checkpoints: Checkpoints, step: int | None, folder: Path) -> int:
+def _known(checkpoints: Checkpoints, step: int, folder: Path) -> int:
     steps = checkpoints.steps()
-    if not steps:
-        raise ConfigError("checkpoint", f"{folder} holds no checkpoint")
-    if step is None:
-        return steps[-1]
     if step not in steps:
-        known = ", ".join(map(str, steps))
+        known = ", ".join(map(str, steps)) or "none"
         raise ConfigError("checkpoint", f"{folder} has none of step {step}; it has: {known}")
     return step

@@ -21,6 +21,7 @@ from jaxpt.checkpoint import Checkpoints
 from jaxpt.data.cache import cache_folder
 from jaxpt.data.device import DeviceBatches, gathered
 from jaxpt.data.tokenizers import Tokenizer
+from jaxpt.data.vocabulary import Vocabulary
 from jaxpt.duration import Duration, as_duration
 from jaxpt.errors import Exit
 from jaxpt.evaluation import evaluate, mean_loss
@@ -30,7 +31,7 @@ from jaxpt.mesh import Layout
 from jaxpt.monitor import MonitorSession
 from jaxpt.program import Program
 from jaxpt.report import write_report, write_results, write_samples
-from jaxpt.run import Phase, Run
+from jaxpt.run import Phase, Run, to_json
 from jaxpt.samples import samples, show
 from jaxpt.signals import StopRequest
 from jaxpt.state import TrainState
@@ -103,6 +104,7 @@ class Trainer:
         monitor: MonitorSession,
         stop: StopRequest,
         progress: Progress,
+        resumed: tuple[Program, TrainState] | None,
     ):
         self.run, self.folder, self.tokenizer, self.layout = run, folder, tokenizer, layout
         self.checkpoints, self.monitor, self.stop, self.progress = (
@@ -111,13 +113,14 @@ class Trainer:
             stop,
             progress,
         )
+        self.resumed = resumed
         self.key = jax.random.key(run.seed)
         self.results: dict[str, dict[str, float]] | None = None
         self._evaluated_at = -1
 
     def train(self) -> Result:
         """Every phase that is left, from where the run stands."""
-        program, state = self.resume_or_begin()
+        program, state = self.resumed or self.begin()
         while True:
             state = self.run_phase(program, state)
             if self.stop or self.progress.phase + 1 == len(self.run.phases):
@@ -149,11 +152,8 @@ class Trainer:
     def program(self, index: int, schedule_start: int = 0) -> Program:
         return Program(self.run, index, self.tokenizer.vocabulary, self.layout, schedule_start)
 
-    def resume_or_begin(self) -> tuple[Program, TrainState]:
-        progress = self.progress
-        program = self.program(progress.phase, progress.schedule_start)
-        if progress.step or self.checkpoints.steps():
-            return program, self.checkpoints.restore(progress.step, program.abstract)
+    def begin(self) -> tuple[Program, TrainState]:
+        program = self.program(0)
         seed = self.run.seed if self.run.init_seed is None else self.run.init_seed
         state = program.init(jax.random.key(seed))
         self.save(state)
@@ -276,9 +276,11 @@ def train(run: Run, workdir: str | os.PathLike, *, restart: bool = False) -> Res
         folder.keep_tokenizer(tokenizer)
         stack.callback(write_report, folder.path)  # last of all, whatever happened
         stop = stack.enter_context(StopRequest())
-        checkpoints = stack.enter_context(run.checkpoint.open(folder.checkpoints))
-        saved = checkpoints.steps()
-        progress = Progress(**checkpoints.progress(saved[-1])) if saved else Progress()
+        opened = run.checkpoint.open(folder.checkpoints, to_json(run))
+        checkpoints = stack.enter_context(opened)
+        read = functools.partial(restore, run, tokenizer.vocabulary, layout, checkpoints)
+        saved, damaged = checkpoints.newest(read)
+        progress, resumed = saved or (Progress(), None)
         monitor = MonitorSession(
             run.monitor,
             folder.path,
@@ -288,7 +290,9 @@ def train(run: Run, workdir: str | os.PathLike, *, restart: bool = False) -> Res
             run_config=read_json(folder.config),
         )
         stack.enter_context(monitor)
-        if saved:
+        for step, cause in damaged.items():
+            monitor.note(f"checkpoint {step} is damaged and was set aside: {cause}")
+        if resumed:
             monitor.note(f"going on from step {progress.step} in {folder.path}")
         trainer = Trainer(
             run,
@@ -299,8 +303,18 @@ def train(run: Run, workdir: str | os.PathLike, *, restart: bool = False) -> Res
             monitor,
             stop,
             progress,
+            resumed,
         )
         return trainer.train()
+
+
+def restore(
+    run: Run, vocabulary: Vocabulary, layout: Layout, checkpoints: Checkpoints, step: int
+) -> tuple[Progress, tuple[Program, TrainState]]:
+    """Where a run stood at a checkpoint, its phase there, and its state."""
+    progress = Progress(**checkpoints.progress(step))
+    program = Program(run, progress.phase, vocabulary, layout, progress.schedule_start)
+    return progress, (program, checkpoints.restore(step, program.abstract))
 
 
 def check(run: Run, tokenizer: Tokenizer, layout: Layout) -> None:

@@ -18,6 +18,7 @@ FLOORS = (
     (
         "jaxpt.steps",
         "jaxpt.layerwise",
+        "jaxpt.integrity",
         "jaxpt.checkpoint",
         "jaxpt.sampling",
         "jaxpt.decoding",
@@ -27,7 +28,7 @@ FLOORS = (
     ("jaxpt.report", "jaxpt.monitor", "jaxpt.signals"),
     ("jaxpt.run",),
     ("jaxpt.folder", "jaxpt.program", "jaxpt.generator"),
-    ("jaxpt.loading", "jaxpt.samples", "jaxpt.summary"),
+    ("jaxpt.loading", "jaxpt.samples", "jaxpt.summary", "jaxpt.checkpoint_commands"),
     ("jaxpt.train", "jaxpt.evaluate", "jaxpt.generate", "jaxpt.bench", "jaxpt.doctor"),
     ("jaxpt.cli", "jaxpt.__main__", "experiments", "configs"),
 )

@@ -130,7 +130,7 @@ def test_load_says_what_is_not_there(denoiser, tmp_path):
     for change in ({"width": 32}, {"layers": 3}, {"tied": True, "output_bias": True}):
         other = dataclasses.replace(run, model=dataclasses.replace(run.model, **change))
         with pytest.raises(
-            DataError, match=r"does not hold these parameters: at .* it has .*, the model "
+            DataError, match=r"does not hold these parameters: at .* it has .*, the run "
         ):
             load(folder, run=other)
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())

@@ -119,13 +119,16 @@ def test_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
     straight = train(run, tmp_path / "straight")
     (tmp_path / "run.json").write_text(to_json(run))
     script = textwrap.dedent(f"""
-        import os, signal
+        import os, pathlib, signal, time
         from jaxpt import train as loop
         from jaxpt.run import from_json
         log = loop.MonitorSession.log
+        saves = pathlib.Path({str(tmp_path / "killed" / "checkpoints")!r})
         def kill(self, step, *args, **kwargs):
             log(self, step, *args, **kwargs)
             if step == 5:
+                while not any((saves / name).is_dir() for name in ("2", "4")):
+                    time.sleep(0.02)  # a save goes on in the background
                 os.kill(os.getpid(), signal.SIGKILL)
         loop.MonitorSession.log = kill
         run = from_json(open({str(tmp_path / "run.json")!r}).read())
