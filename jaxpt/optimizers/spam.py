@@ -86,7 +86,7 @@ class SPAM(Optimizer):
             u, state = adam.update(self._cut(g, state.nu, since), state, param, step, key)
             return u * self._warm(step, since).astype(u.dtype), state
 
-        return Rule(adam.init, update)
+        return Rule(adam.init, update, elementwise=True)
 
     def _sparse(self, rule: Rule, support: Grouped) -> Rule:
         """The rule for the entries of a matrix that its turn has come to."""
