@@ -210,14 +210,19 @@ class Program:
             for i, transition in enumerate(self.phase.begin):
                 params = transition(params, before.model, self.model, jax.random.fold_in(key, i))
             fresh = self._around(params, key)
-            kept = self.keeps_optimizer(before)
+            opt_state = fresh.opt_state
+            if self.keeps_optimizer(before):
+                opt_state = state.opt_state
+                for i, transition in enumerate(self.phase.begin):
+                    own = jax.random.fold_in(key, i)
+                    opt_state = transition.optimizer_state(
+                        opt_state, params, self.model, self.optimizer, own
+                    )
             extra = {
                 name: state.extra[name] if _same(state.extra.get(name), value) else value
                 for name, value in fresh.extra.items()
             }
-            return TrainState(
-                state.step, params, state.opt_state if kept else fresh.opt_state, extra
-            )
+            return TrainState(state.step, params, opt_state, extra)
 
         with self.layout.active():
             return jax.jit(begin, out_shardings=_shardings(self.abstract))(state)

@@ -143,6 +143,11 @@ class Phase:
             self.optimizer.learning_rate(self.total_steps, self.in_steps)
         except ConfigError as error:
             raise error.within("optimizer") from None
+        for i, update in enumerate(self.updates):
+            try:
+                update.validate(self)
+            except ConfigError as error:
+                raise error.within(f"updates.{i}") from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,18 @@ class Transition:
         """New parameters. ``params`` is the nested dict of ``old``'s parameters."""
         raise NotImplementedError
 
+    def optimizer_state(
+        self, state: Any, params: dict[str, Any], model: Any, optimizer: Any, key: jax.Array
+    ) -> Any:
+        """The optimizer's state after the transform, where the phase keeps it.
+
+        Args:
+          state: that of the phase before.
+          params: of the phase's ``model``, after the transforms.
+          optimizer: of the phase, ``Built``.
+        """
+        return state
+
 
 @dataclasses.dataclass(frozen=True)
 class Update:
@@ -44,6 +56,9 @@ class Update:
     def name(self) -> str:
         """Key of its own state in ``TrainState.extra``."""
         return type(self).__name__
+
+    def validate(self, phase: Any) -> None:
+        """Holds the transform against the phase that it is in. Raises ConfigError."""
 
     def init(self, model: Any, params: dict[str, Any], key: jax.Array) -> Any:
         """Its own state, a pytree of arrays (or {})."""

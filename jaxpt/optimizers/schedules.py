@@ -228,3 +228,38 @@ class WarmupStableDecay(Schedule):
             )
         pieces = [*rise(warmup), (optax.constant_schedule(1.0), stable)]
         return join(pieces, fall(decay, SHAPES[self.shape], self.final))
+
+
+@dataclasses.dataclass(frozen=True)
+class Restarts(Schedule):
+    """``schedule``, but that the learning rate rises anew from 0 every ``every`` steps of the phase
+    (Lialin et al. 2023, "ReLoRA", section 3: the jagged cosine).
+
+    The first ``every`` steps are as ``schedule`` has them, its warmup included.
+    """
+
+    schedule: Schedule = Cosine()  # the learning rate but for the rises
+    every: int = 1000  # steps between two restarts; those of ``growth.ReLoRA``
+    warmup: Length = 50  # steps (or share below 1, or duration) of each linear rise
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.every < 1:
+            raise ConfigError("every", f"{self.every} is not valid; give 1 or more")
+
+    def multiplier(self, total, in_steps):
+        try:
+            plain = self.schedule.multiplier(total, in_steps)
+        except ConfigError as error:
+            raise error.within("schedule") from None
+        warmup = self._steps("warmup", None, in_steps)
+        if warmup >= self.every:
+            raise ConfigError(
+                "warmup", f"{warmup} steps do not fit between restarts every {self.every}"
+            )
+
+        def schedule(step):
+            since = (step % self.every + 1) / (warmup + 1)
+            return plain(step) * jnp.where(step >= self.every, jnp.minimum(since, 1.0), 1.0)
+
+        return schedule
