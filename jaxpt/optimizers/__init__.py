@@ -13,6 +13,7 @@ from jaxpt.optimizers.schedules import (
     Cosine,
     Linear,
     ReciprocalSqrt,
+    Restarts,
     Schedule,
     WarmupStableDecay,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "Muon",
     "Optimizer",
     "ReciprocalSqrt",
+    "Restarts",
     "Schedule",
     "StableSPAM",
     "WarmupStableDecay",
