@@ -114,7 +114,7 @@ def test_equals_the_published_update(config):
         np.testing.assert_allclose(got[path], want[path], atol=2e-5, rtol=2e-5, err_msg=path)
 
 
-@pytest.mark.parametrize("name", ["golore", "fira", "apollo"])
+@pytest.mark.parametrize("name", ["golore", "fira", "apollo", "apollo_mini"])
 def test_stacked_layers_are_trained_as_layers_that_stand_alone(name):
     params, gradients = draw(0, TENSORS), [draw(i + 1, TENSORS) for i in range(3)]
     stacked, _ = run(build(ROWS[name], TENSORS), params, gradients)
@@ -135,18 +135,29 @@ def test_full_rank_is_adam(name):
     assert_close(ours, theirs, 1e-6)
 
 
-@pytest.mark.parametrize("name", ["galore", "fira", "apollo"])
-def test_bytes_of_the_state(name):
-    """Moments [rank, m] and, but for APOLLO, a projector [n, rank] of each projected matrix."""
-    config, d_in, d_out, rank = ROWS[name], 64, 96, 8
-    tensors = {"layers/up/w": Tensor((LAYERS, d_in, d_out), ("layers", None, None), 1.0, "Dense")}
-    config = dataclasses.replace(config, rank=rank)
-    state = jax.eval_shape(build(config, tensors).init, draw(0, tensors))
-    numbers = 2 * rank * d_out + (0 if name == "apollo" else d_in * rank)
-    numbers += 0 if name == "galore" else 1  # the limiter's norm
-    counts = [x for x in jax.tree.leaves(state) if x.dtype == jnp.int32]
-    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) - 4 * len(counts)
-    assert held == 4 * LAYERS * numbers
+def numbers_held(config, d_in, d_out):
+    """Of one matrix: moments [rank, m]; but for APOLLO, which draws it, a projector [n, rank]; the
+    limiter's norm. Adam's moments where there is nothing to project."""
+    first = {"in": True, "out": False, "smaller": d_in <= d_out, "larger": d_in > d_out}
+    n, m = (d_in, d_out) if first[config.side] else (d_out, d_in)
+    if n <= config.rank:
+        return 2 * n * m
+    projector = 0 if isinstance(config, APOLLO) else n * config.rank
+    return 2 * config.rank * m + projector + (1 if isinstance(config, APOLLO | Fira) else 0)
+
+
+@pytest.mark.parametrize("config", ROWS.values(), ids=ROWS)
+def test_bytes_of_the_state(config):
+    state = jax.eval_shape(build(config, TENSORS).init, draw(0, TENSORS))
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    expected = 4  # the count
+    for path, tensor in TENSORS.items():
+        shape = tensor.shape[-2:] if len(tensor.shape) > 1 else (0, 0)
+        inner = path in PROJECTED or path == "thin/w"
+        layers = LAYERS if tensor.stacked else 1
+        numbers = numbers_held(config, *shape) if inner else 2 * int(np.prod(tensor.shape))
+        expected += 4 * layers * numbers
+    assert held == expected
 
 
 def test_subspaces():
