@@ -116,6 +116,7 @@ def train_step(
 
     def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
+        state = begun(optimizer, loss, state, batch, key, accumulate)
         sums, grads = accumulated_gradients(loss, state.params, batch, key, accumulate, trained)
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums.count, 1).astype(g.dtype), grads)
         grads = whole(grads, jax.tree.map(jnp.zeros_like, state.params))
@@ -135,6 +136,25 @@ def train_step(
         return new, metrics
 
     return step
+
+
+def begun(
+    optimizer: optax.GradientTransformation,
+    loss: LossFunction,
+    state: TrainState,
+    batch: Batch,
+    key: jax.Array,
+    accumulate: int = 1,
+) -> TrainState:
+    """The state after what the optimizer does before a step's gradients."""
+    if not isinstance(optimizer, Built) or optimizer.before is None:
+        return state
+
+    def gradients(paths: Container[str]) -> dict[str, jax.Array]:
+        return flatten(accumulated_gradients(loss, state.params, batch, key, accumulate, paths)[1])
+
+    params = optimizer.before(state.params, state.opt_state.count, gradients)
+    return dataclasses.replace(state, params=params)
 
 
 def accumulated_gradients(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, Literal, get_args
 
 import jax
@@ -39,6 +39,10 @@ __all__ = [
 
 StateType = Literal["float32", "bfloat16"]
 Held = Literal["float32", "bfloat16", "8bit"]
+# (parameters, updates made so far, paths -> their gradients by path) -> parameters; the gradients
+# are those of the total loss of the batch that the step is about to be made on.
+Gradients = Callable[[Container[str]], dict[str, jax.Array]]
+Before = Callable[[Params, jax.Array, Gradients], Params]
 Rounding = Literal["nearest", "stochastic"]
 
 
@@ -52,6 +56,7 @@ class Built(optax.GradientTransformationExtraArgs):
     seed: of the rules' keys.
     start: updates made before the phase: the phase's step is the state's count less this.
     rates: path -> learning rate after so many updates, of what is not frozen.
+    before: what a step begins with, before its gradients; or None.
     """
 
     rules: dict[str, Rule]
@@ -59,6 +64,7 @@ class Built(optax.GradientTransformationExtraArgs):
     seed: int
     start: int = 0
     rates: Mapping[str, StepFunction] = types.MappingProxyType({})
+    before: Before | None = None
 
     @classmethod
     def of(
@@ -147,6 +153,15 @@ class Optimizer:
         """
         return None
 
+    def before(self, tensors: Tensors, trained: Container[str]) -> Before | None:
+        """A transform of the parameters that every step begins with, where one is needed.
+
+        Args:
+          tensors: the model's table.
+          trained: paths of what is not frozen.
+        """
+        return None
+
     def learning_rate(self, total_steps: int | None, in_steps: InSteps) -> StepFunction:
         """lr * schedule, a function of the phase's step.
 
@@ -191,7 +206,7 @@ class Optimizer:
         in_turn, seed = self.state_dtype == "8bit", self.rule_seed
         transform = by_tensor(tensors, rules, seed, in_turn=in_turn)
         built = Built.of(transform, rules, self.clip, seed)
-        built.start = start
+        built.start, built.before = start, self.before(tensors, rules)
         built.rates = {path: _scaled(rate, treatments[path].lr_scale) for path in rules}
         return built
 

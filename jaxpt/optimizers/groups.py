@@ -16,6 +16,7 @@ NO_MATRIX = (
     "bias",
     "embedding",
     "sparse",
+    "rows",
     "index",
 )  # kinds (``Tensor.weight``) that are no matrix products
 
