@@ -25,6 +25,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import optax
+from jax.extend.core import Var
 
 from jaxpt.errors import ConfigError
 from jaxpt.growth.base import Update, UpdateFunction, bound
@@ -33,9 +34,24 @@ from jaxpt.models.stack import Layers, running
 from jaxpt.objectives.base import Batch, Objective
 from jaxpt.optimizers.base import Built
 from jaxpt.optimizers.in_place import update_in_place
-from jaxpt.optimizers.rules import ByTensor, keys_of, one_layer
+from jaxpt.optimizers.rules import (
+    ByTensor,
+    gathered,
+    keys_of,
+    one_layer,
+    scattered,
+    units,
+)
 from jaxpt.state import Params, TrainState, flatten, trainable, unflatten, whole
-from jaxpt.steps import LossFunction, Metrics, Step, StepFunction, loss_function, token_counts
+from jaxpt.steps import (
+    LossFunction,
+    Metrics,
+    Step,
+    StepFunction,
+    begun,
+    loss_function,
+    token_counts,
+)
 
 Flat = dict[str, jax.Array]
 
@@ -89,6 +105,7 @@ class Stage:
 
     inputs: [L / period, B, T, D], of every layer (of the first of a period).
     pull: cotangents of (x, shared) -> those of (rest, outputs of the stacks before).
+    reads: paths of the rest that x and shared depend on (other than by stacks before).
     """
 
     layers: Layers
@@ -97,6 +114,7 @@ class Stage:
     keys: Any
     inputs: jax.Array
     pull: Callable
+    reads: set[str]
 
 
 class _Reached(Exception):
@@ -111,24 +129,30 @@ def layerwise_step(
 
     def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
+        state = begun(optimizer, loss, state, batch, key)
         flat, own = flatten(state.params), _states(state.opt_state, state.params)
         rest = {path: p for path, p in flat.items() if path not in stacked}
         rest = trainable(rest, optimizer.rules)
-        stages, sums, pull = _forward(loss, flat, rest, batch, key)
+        stages, sums, pull, reads = _forward(loss, flat, rest, batch, key)
         parts = 1 + sum(stage.layers.depth // stage.layers.period for stage in stages)
         update = _Update(model, optimizer, state.opt_state.count, parts)
         g_rest, g_outputs = pull(1 / jnp.maximum(sums.count, 1).astype(sums.total.dtype))
-        for stage in reversed(stages):
-            g_y, g_outputs = g_outputs[-1], g_outputs[:-1]
-            cotangents = _backward(stage, g_y, flat, own, update)
-            more_rest, more_outputs = stage.pull(cotangents)
-            g_rest, g_outputs = jax.tree.map(
-                jnp.add, (g_rest, g_outputs), (more_rest, more_outputs)
-            )
-        g_rest = {path: g for path, g in g_rest.items() if g is not None}
-        params, states = ({path: tree[path] for path in g_rest} for tree in (flat, own))
-        params, states, norms = update(params, states, g_rest)
-        flat, own, update.norms = flat | params, own | states, update.norms + norms
+        # No zeros in the place of gradients that are still to come.
+        later = set().union(*(stage.reads for stage in stages))
+        g_rest = {p: g for p, g in g_rest.items() if g is not None and p not in later - reads}
+        while stages:
+            stage, g_y, g_outputs = stages.pop(), g_outputs[-1], g_outputs[:-1]
+            if update.clip is None:  # which takes all gradients of the rest
+                # Whose gradient is whole; the cotangent's reading of them comes first.
+                later = set().union(*(stage.reads for stage in [stage, *stages]))
+                whole_ones = {p: g_rest.pop(p) for p in list(g_rest) if p not in later}
+                whole_ones, g_y = jax.lax.optimization_barrier((whole_ones, g_y))
+                _rest(whole_ones, flat, own, update)
+            more_rest, more_outputs = stage.pull(_backward(stage, g_y, flat, own, update))
+            for p in stage.reads:
+                g_rest[p] = g_rest[p] + more_rest[p] if p in g_rest else more_rest[p]
+            g_outputs = jax.tree.map(jnp.add, g_outputs, more_outputs)
+        _rest(g_rest, flat, own, update)
         tree = jax.tree.structure(state.params)
         states = tree.unflatten(own[path] for path in flatten(state.params))
         opt_state = ByTensor(state.opt_state.count + 1, states)
@@ -154,7 +178,7 @@ def _forward(loss: LossFunction, flat: Flat, rest: Any, batch: Batch, key: jax.A
 
     Returns:
       (the stages, the Loss, pull: a cotangent of its total -> those of rest and of the stages'
-      outputs).
+      outputs; paths of the rest that the total depends on, other than by the stages).
     """
     stages: list[Stage] = []
     outputs: list[jax.Array] = []
@@ -181,9 +205,10 @@ def _forward(loss: LossFunction, flat: Flat, rest: Any, batch: Batch, key: jax.A
                 return (x, (context.bias, context.encoded)), None
             return sums.total, sums
 
+        reads = _reads(lambda rest, part=part, given=outputs: part(rest, given)[0], rest)
         found, pull, sums = jax.vjp(part, rest, outputs, has_aux=True)
         if sums is not None:
-            return stages, sums, pull
+            return stages, sums, pull, reads
         (layers, context, layer_key, _), (x, shared) = reached[-1], found
         keys = None if layer_key is None else jax.random.split(layer_key, layers.depth)
         keys = layers.by_period((keys, jnp.arange(layers.depth)))
@@ -194,8 +219,26 @@ def _forward(loss: LossFunction, flat: Flat, rest: Any, batch: Batch, key: jax.A
 
         params = unflatten(_of_stack(layers, flat))
         y, inputs = jax.lax.scan(body, x, (layers.by_period(params), *keys))
-        stages.append(Stage(layers, context, shared, keys, inputs, pull))
+        stages.append(Stage(layers, context, shared, keys, inputs, pull, reads))
         outputs.append(y)
+
+
+def _reads(function: Callable, params: Flat) -> set[str]:
+    """Paths of the parameters that what a function gives depends on."""
+    jaxpr = jax.make_jaxpr(function)(params).jaxpr
+    needed = {v for v in jaxpr.outvars if isinstance(v, Var)}
+    for equation in reversed(jaxpr.eqns):
+        if needed.intersection(equation.outvars):
+            needed |= {v for v in equation.invars if isinstance(v, Var)}
+    return {path for path, v in zip(flatten(params), jaxpr.invars, strict=True) if v in needed}
+
+
+def _rest(grads: Flat, flat: Flat, own: dict[str, Any], update: _Update) -> None:
+    """Updates what stands outside the stacks: puts it into flat and own."""
+    params, states = ({path: tree[path] for path in grads} for tree in (flat, own))
+    params, states, update.norms = update(params, states, grads, update.norms)
+    flat |= params
+    own |= states
 
 
 def _backward(stage: Stage, g_y: jax.Array, flat: Flat, own: dict[str, Any], update: _Update):
@@ -225,8 +268,8 @@ def _backward(stage: Stage, g_y: jax.Array, flat: Flat, own: dict[str, Any], upd
         _, pull = jax.vjp(apply, trainable(unflatten(now), trained), x, stage.shared)
         grads, g, more = pull(g)
         grads = {prefix + path: d for path, d in flatten(grads).items()}
-        params, states, more_norms = update(params, states, grads, numbers)
-        return g, jax.tree.map(jnp.add, g_shared, more), norms + more_norms, params, states
+        params, states, norms = update(params, states, grads, norms, numbers)
+        return g, jax.tree.map(jnp.add, g_shared, more), norms, params, states
 
     zeros = jax.tree.map(jnp.zeros_like, stage.shared)
     params, states = (
@@ -254,38 +297,58 @@ class _Update:
         self.clip = None if optimizer.clip is None else optimizer.clip / parts**0.5
         self.norms = jnp.zeros(2, jnp.float32)
 
-    def __call__(self, params: Flat, states: dict[str, Any], grads: Flat, numbers: Any = None):
+    def __call__(
+        self,
+        params: Flat,
+        states: dict[str, Any],
+        grads: Flat,
+        norms: jax.Array,
+        numbers: jax.Array | None = None,
+    ):
         """(params, states, norms) after the update of a part of the model.
 
         Args:
           params: by path; of stacked ones all layers.
           states: by path, likewise.
           grads: by path, of this part; of stacked ones [layers, ...], of these layers alone.
+          norms: before.
           numbers: of the layers, int32 [layers]; None for what is not stacked.
         """
-        square = optax.tree.norm(grads, squared=True).astype(jnp.float32)
         if self.clip is not None:
+            norms = norms.at[0].add(_square(grads))
             clip = optax.clip_by_global_norm(self.clip)
             grads = cast(Flat, clip.update(grads, optax.EmptyState())[0])
-        params, states, changed = dict(params), dict(states), jnp.float32(0)
-        for path, grad in grads.items():
-            keys, row = keys_of(path, self.tensors[path], self.seed), one_layer(self.tensors[path])
-            pair = params[path], states[path]
+        params, states = dict(params), dict(states)
+        # The backward pass comes to the MLP first, which stands last.
+        for paths in reversed(list(units(self.rules, grads))):
+            rule, tensor = self.rules[paths[0]], self.tensors[paths[0]]
+            keys, row = keys_of(paths[0], tensor, self.seed), one_layer(tensor)
+            # In turn: nothing of this update has to be there before the one that precedes it is
+            # done.
+            grad, norms, at = jax.lax.optimization_barrier((gathered(grads, paths), norms, numbers))
+            if self.clip is None:
+                norms = norms.at[0].add(_square(grad))
+            pair = gathered(params, paths), gathered(states, paths)
             if numbers is None:  # as a stack of one
                 keys, pair, grad = keys[None], *jax.tree.map(lambda a: a[None], (pair, grad))
-            for i, layer in enumerate([0] if numbers is None else numbers):
-                pair, more = update_in_place(
-                    self.rules[path], row, pair, grad[i], self.count, keys[layer], layer
-                )
-                changed += more
+            for i, layer in enumerate([0] if at is None else at):
+                one = jax.tree.map(lambda g, i=i: g[i], grad)
+                pair, more = update_in_place(rule, row, pair, one, self.count, keys[layer], layer)
+                norms = norms.at[1].add(more)
             if numbers is None:
                 pair = jax.tree.map(lambda a: a[0], pair)
-            params[path], states[path] = pair
-        return params, states, jnp.stack([square, changed])
+            params |= scattered(paths, pair[0])
+            states |= scattered(paths, pair[1])
+        return params, states, norms
 
 
 def _at(tree: Any, i: jax.Array) -> Any:
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), tree)
+
+
+def _square(tree: Any) -> jax.Array:
+    """Of the norm."""
+    return optax.tree.norm(jax.tree.map(lambda a: a.astype(jnp.float32), tree), squared=True)
 
 
 def _with(context: Any, shared: tuple) -> Any:

@@ -13,6 +13,7 @@ import kernels.attention as kernel
 from jaxpt.mesh import constrain
 from jaxpt.models.attention import Rule
 from jaxpt.models.cache import Cache
+from jaxpt.models.lookup import lookup
 from jaxpt.models.mlp import ACTIVATIONS, dropout, project, projection
 from jaxpt.models.position import (
     ALiBi,
@@ -306,7 +307,7 @@ class Network(nnx.Module):
         # Gathered over fsdp first: looked up in a table cut along the width, the rows would have to
         # be cut anew along the batch.
         table = constrain(self.embedding.w[...], "vocab", "width")
-        x = jnp.take(table, tokens, axis=0).astype(config.compute_dtype())
+        x = lookup(table, tokens).astype(config.compute_dtype())
         if config.scale_embeddings:
             x = x * math.sqrt(config.width_of_embedding)
         if config.token_types:

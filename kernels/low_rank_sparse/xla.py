@@ -38,7 +38,10 @@ def _backward(scale, group, saved, g):
     # Formed from what is at hand now: without the barrier XLA would keep the forward pass's.
     a_now, b_now, values_now, g = jax.lax.optimization_barrier((a, b, values, g))
     formed = materialise(a_now, b_now, values_now, indices, scale, group, x.dtype)
-    dx, dw = product_gradients(x, formed, g)
+    dx, _ = product_gradients(x, formed, g)
+    # The matrix is gone before its gradient is there.
+    dx, x, g = jax.lax.optimization_barrier((dx, x, g))
+    _, dw = product_gradients(x, formed, g)
     scaled = jnp.asarray(scale, dw.dtype)
     da = scaled * jnp.dot(dw, b.astype(dw.dtype).T)
     db = jnp.dot(a.astype(dw.dtype).T * scaled, dw)
