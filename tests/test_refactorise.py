@@ -170,7 +170,7 @@ def test_frobenius_decay_is_a_step_down_its_penalty():
 def test_in_a_run_on_eight_devices_as_on_one_and_layer_by_layer(tmp_path):
     """Refactorised with the moments begun anew: the losses do not depend on where and how."""
     updates = (Refactorise(every=2), ResetMoments(every=2), FrobeniusDecay(0.1))
-    weights = (("*/attention/*", LowRank(6)), ("*/mlp/*", LoRA(4, 8.0)), ("*", Dense()))
+    weights = (("*/query", LowRank(6)), ("*/down", LoRA(4, 8.0)), ("*", Dense()))
     # Plain momentum: Adam's signs of gradients near 0 would differ by rounding.
     optimizer = SGD(0.3, clip=None)
     changes = {"model.weights": weights, "updates": updates, "optimizer": optimizer}

@@ -14,6 +14,7 @@ from jaxpt.optimizers import (
     Cosine,
     Linear,
     ReciprocalSqrt,
+    Restarts,
     Schedule,
     WarmupStableDecay,
 )
@@ -53,6 +54,12 @@ VALUES = [
     (WarmupStableDecay(decay=64, shape="cosine"), {36: 1, 68: 0.5, 100: 0}),
     (WarmupStableDecay(warmup=50, decay=50), {49: 50 / 51, 50: 1, 75: 0.5, 100: 0}),
     (WarmupStableDecay(decay=0), {0: 1, 99: 1}),
+    # Linear from 1 to 0 but for rises of 4 steps at 20, 40, 60, 80.
+    (
+        Restarts(Linear(), every=20, warmup=4),
+        {0: 1, 19: 0.81, 20: 0.2 * 0.8, 23: 0.8 * 0.77, 24: 0.76, 80: 0.2 * 0.2, 99: 0.01},
+    ),
+    (Restarts(Constant(warmup=9), every=40, warmup=3), {0: 0.1, 9: 1, 39: 1, 40: 0.25, 43: 1}),
 ]
 values = pytest.mark.parametrize(
     ("schedule", "expected"), [pytest.param(s, e, id=f"{s}") for s, e in VALUES]
@@ -75,9 +82,13 @@ def test_multipliers_lie_between_0_and_1_and_rise_and_fall_once(schedule, expect
     curve = np.asarray(jax.jit(jax.vmap(schedule.build(TOTAL, in_steps)))(jnp.arange(TOTAL + 50)))
     assert ((curve >= 0) & (curve <= 1)).all()
     assert curve[:TOTAL].min() > 0  # no update of the phase is wasted
-    top = int(curve.argmax())
-    assert (np.diff(curve[: top + 1]) >= 0).all()
-    assert (np.diff(curve[top:]) <= 1e-7).all()
+    ends = (
+        range(schedule.every, len(curve), schedule.every) if isinstance(schedule, Restarts) else []
+    )
+    for piece in np.split(curve, ends):
+        top = int(piece.argmax())
+        assert (np.diff(piece[: top + 1]) >= 0).all()
+        assert (np.diff(piece[top:]) <= 1e-7).all()
 
 
 @pytest.mark.parametrize(
@@ -94,6 +105,8 @@ def test_lengths_in_every_unit(warmup):
     ("schedule", "field", "words"),
     [
         (Linear(), "", "needs the phase's length"),
+        (Restarts(Linear()), "schedule", "needs the phase's length"),
+        (Restarts(Constant(), every=9, warmup=9), "warmup", "do not fit between restarts"),
         (Cosine(), "", "needs the phase's length"),
         (WarmupStableDecay(decay=10), "", "needs the phase's length"),
         (ReciprocalSqrt(decay=10), "", "needs the phase's length"),
