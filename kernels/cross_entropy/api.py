@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 
-from kernels.cross_entropy import reference, xla
+from kernels.cross_entropy import reference, tpu, xla
 from kernels.cross_entropy.base import CrossEntropy, Options
 from kernels.platform import platform as backend
 
-Implementation = Literal["reference", "xla"]
+Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_tpu_interpret"]
 
 # Float32 logits of one chunk on one device. Accelerators: a bound on memory (assumed; two or three
 # arrays of this size live at once). CPU: what stays in its caches (measured: see `pick_chunk`).
@@ -71,9 +71,12 @@ def cross_entropy(
       bias: float [V] or None, added to the logits.
       z_loss, label_smoothing, softcap, logit_scale: see above.
       vocabulary: how many of the V columns are ids (None: all); the rest have no probability.
-      chunk: positions of every row to do at once; None: as ``pick_chunk`` says for one device.
+      chunk: positions of every row to do at once; None: as ``pick_chunk`` says for one device, or
+        as many as the kernel can keep.
       row_shards: devices over which B is cut: dW is summed over them once, not once a chunk.
-      implementation: "xla" (chunked, the default) or "reference" (all logits at once; any dtype).
+      implementation: "xla" (chunked), "pallas_tpu" (on one device, or within a shard_map),
+        "pallas_tpu_interpret" (the same without a TPU, to test), "reference" (all logits at once;
+        any dtype), or None for "xla".
 
     Returns:
       CrossEntropy, a tuple. Gradients of ``total`` flow to x, W, bias and weights; those of W and
@@ -82,18 +85,32 @@ def cross_entropy(
     Raises:
       ValueError: an unknown implementation, a chunk below 1, row_shards that do not divide B,
         a vocabulary that does not lie in 1 to V.
+      NotImplementedError: an implementation that cannot serve an argument.
     """
     if vocabulary is not None and not 1 <= vocabulary <= w_DV.shape[1]:
         raise ValueError(f"vocabulary={vocabulary} does not lie in 1 to {w_DV.shape[1]}")
     options = Options(z_loss, label_smoothing, softcap, logit_scale, vocabulary)
     if implementation == "reference":
         return reference.cross_entropy(x_BTD, w_DV, bias, targets_BT, weights_BT, options)
-    if implementation not in (None, "xla"):
-        raise ValueError(f"unknown implementation {implementation!r}; give xla, reference or None")
+    if implementation not in (None, *get_args(Implementation)):
+        known = ", ".join(get_args(Implementation))
+        raise ValueError(f"unknown implementation {implementation!r}; give {known} or None")
+    (B, T, D), V = x_BTD.shape, w_DV.shape[1]
+    if row_shards < 1 or B % row_shards:
+        raise ValueError(f"row_shards={row_shards} does not divide the batch, {B}")
+    step = None
+    if implementation in ("pallas_tpu", "pallas_tpu_interpret"):
+        refused = tpu.unserved(x_BTD, w_DV, options, row_shards)
+        if refused is not None:
+            raise NotImplementedError(f"{implementation=} does not serve this {refused}")
+        step = tpu.step(interpret=implementation == "pallas_tpu_interpret")
+        if chunk is None:
+            pieces = -(-T // max(1, tpu.most_tokens(D, V, x_BTD.dtype) // B))
+            chunk = -(-T // pieces)
     if chunk is None:
-        chunk = pick_chunk(x_BTD.shape[0], x_BTD.shape[1], w_DV.shape[1])
+        chunk = pick_chunk(B, T, V)
     elif chunk < 1:
         raise ValueError(f"chunk={chunk} is not valid; give at least 1, or None")
-    if row_shards < 1 or x_BTD.shape[0] % row_shards:
-        raise ValueError(f"row_shards={row_shards} does not divide the batch, {x_BTD.shape[0]}")
-    return xla.cross_entropy(x_BTD, w_DV, bias, targets_BT, weights_BT, options, chunk, row_shards)
+    return xla.cross_entropy(
+        x_BTD, w_DV, bias, targets_BT, weights_BT, options, chunk, row_shards, step
+    )

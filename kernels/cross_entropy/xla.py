@@ -11,7 +11,8 @@ stays cut. Where it is, every device sums up its own dW, and they are added once
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,21 +29,33 @@ def cross_entropy(
     options: Options,
     chunk: int,
     row_shards: int,
+    step: Callable | None = None,
 ) -> CrossEntropy:
-    """See ``kernels.cross_entropy.cross_entropy``."""
-    return _loss(x_BTD, w_DV, bias_V, weights_BT, targets_BT, options, chunk, row_shards)
+    """See ``kernels.cross_entropy.cross_entropy``. ``step``: does one chunk, as ``one_chunk``, the
+    default."""
+    plan = Plan(options, chunk, row_shards, step or one_chunk)
+    return _loss(x_BTD, w_DV, bias_V, weights_BT, targets_BT, plan)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _loss(x, w, bias, weights, targets, options, chunk, shards):
-    return _run(x, w, bias, weights, targets, options, chunk, shards, with_gradient=False)[0]
+class Plan(NamedTuple):
+    """What is known when the program is traced."""
+
+    options: Options
+    chunk: int
+    shards: int
+    step: Callable
 
 
-def _forward(x, w, bias, weights, targets, options, chunk, shards):
-    return _run(x, w, bias, weights, targets, options, chunk, shards, with_gradient=True)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _loss(x, w, bias, weights, targets, plan):
+    return _run(x, w, bias, weights, targets, plan, with_gradient=False)[0]
 
 
-def _backward(options, chunk, shards, gradients, cotangents):
+def _forward(x, w, bias, weights, targets, plan):
+    return _run(x, w, bias, weights, targets, plan, with_gradient=True)
+
+
+def _backward(plan, gradients, cotangents):
     scale = cotangents.total
     return (*jax.tree.map(lambda g: (scale * g).astype(g.dtype), gradients), None)
 
@@ -51,11 +64,12 @@ _loss.defvjp(_forward, _backward)
 
 
 def _run(
-    x_BTD, w_DV, bias_V, weights_BT, targets_BT, options, chunk, shards, *, with_gradient
+    x_BTD, w_DV, bias_V, weights_BT, targets_BT, plan: Plan, *, with_gradient
 ) -> tuple[CrossEntropy, Any]:
     """The result, and (dx, dw, dbias, dweights) or None."""
+    shards = plan.shards
     B, T = targets_BT.shape
-    C = min(chunk, T)
+    C = min(plan.chunk, T)
     chunks = -(-T // C)
     rows = (shards, B // shards)
 
@@ -69,7 +83,9 @@ def _run(
         a = a.reshape(chunks, *rows, C, *a.shape[3:])
         return jnp.moveaxis(a, 0, 2).reshape(B, chunks * C, *a.shape[4:])[:, :T]
 
-    step = functools.partial(_chunk, w_DV.astype(x_BTD.dtype), bias_V, options, with_gradient)
+    step = functools.partial(
+        plan.step, w_DV.astype(x_BTD.dtype), bias_V, plan.options, with_gradient
+    )
     sums: tuple[Any, ...] = (None, None)
     if with_gradient:
         # What nothing is added to is rounded as it is made: no float32 copy of dW.
@@ -94,8 +110,11 @@ def _run(
     return result, (dx_BTD, dw.astype(w_DV.dtype), dbias, full_BT.astype(weights_BT.dtype))
 
 
-def _chunk(w_DV, bias_V, options, with_gradient, sums, data):
-    """One chunk: x [S, N, D], targets and weights [S, N], for S shards of N tokens each.
+def one_chunk(w_DV, bias_V, options: Options, with_gradient: bool, sums, data):
+    """One chunk: x [S, N, D], targets and weights [S, N], for S shards of N tokens each; to
+    ``sums`` (dW [S, D, V], dbias [S, V] or None, both float32) it adds its own.
+
+    Returns the sums and (smoothed loss with z-loss, loss, lse, correct, dx) of the tokens.
 
     The gradient of the logits is scale * (p (1 + 2 z lse) - (1 - smoothing) hot - smoothing / V),
     made from the one array of exponentials that the sum was made from.
