@@ -1,0 +1,10 @@
+"""LLaMA 130M at full rank, by Adam.
+
+    jaxpt train configs/llama_130m_full.py --workdir runs/llama_130m_full
+
+Every choice, and where it is from: ``_llama.py``.
+"""
+
+from configs._llama import full
+
+run = full("130m")

@@ -1,0 +1,10 @@
+"""LLaMA 1B with sparse-plus-low-rank matrices (SLTrain).
+
+    jaxpt train configs/llama_1b_sltrain.py --workdir runs/llama_1b_sltrain
+
+Every choice, and where it is from: ``_llama.py``.
+"""
+
+from configs._llama import sltrain
+
+run = sltrain("1b")

@@ -1,0 +1,10 @@
+"""LLaMA 350M with sparse-plus-low-rank matrices (SLTrain).
+
+    jaxpt train configs/llama_350m_sltrain.py --workdir runs/llama_350m_sltrain
+
+Every choice, and where it is from: ``_llama.py``.
+"""
+
+from configs._llama import sltrain
+
+run = sltrain("350m")

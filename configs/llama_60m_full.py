@@ -1,0 +1,10 @@
+"""LLaMA 60M at full rank, by Adam.
+
+    jaxpt train configs/llama_60m_full.py --workdir runs/llama_60m_full
+
+Every choice, and where it is from: ``_llama.py``.
+"""
+
+from configs._llama import full
+
+run = full("60m")

@@ -1,0 +1,10 @@
+"""LLaMA 7B by low-rank updates that restart (ReLoRA).
+
+    jaxpt train configs/llama_7b_relora.py --workdir runs/llama_7b_relora
+
+Every choice, and where it is from: ``_llama.py``.
+"""
+
+from configs._llama import relora
+
+run = relora("7b")
