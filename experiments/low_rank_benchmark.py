@@ -8,7 +8,9 @@ full rank 34.06, SLTrain 34.15, GaLore 34.88, ReLoRA 37.04, low rank 78.18; that
 within 0.05 nats, for ReLoRA to be worse than GaLore, and low rank to be worse than ReLoRA by more
 than 0.1.
 
-Each arm's learning rate is the best of three, spaced by about three, on a third of the steps of one run.
+Each arm's learning rate is the best of three, spaced by about three, on a third of the steps of
+one run. Beside the claim the grouped support (one entry of every 32, this project's default) is
+held against the published one of independent places.
 """
 
 from __future__ import annotations
@@ -23,15 +25,16 @@ from jaxpt.checkpoint import Checkpoint
 from jaxpt.data.tokenizers import BPE, Bytes
 from jaxpt.duration import share
 from jaxpt.evaluation import Evaluate
+from jaxpt.growth import ReLoRA
 from jaxpt.mesh import Mesh
 from jaxpt.models.attention import Attention
 from jaxpt.models.mlp import MLP
 from jaxpt.models.presets import llama_60m
 from jaxpt.monitor import Monitor
 from jaxpt.objectives import CausalLM
-from jaxpt.optimizers import APOLLO, AdamW, Cosine, Fira, GaLore
+from jaxpt.optimizers import APOLLO, AdamW, Cosine, Fira, GaLore, Restarts
 from jaxpt.run import Phase, Run
-from jaxpt.weights import Dense, Grouped, LowRank, SparsePlusLowRank, Uniform, Weight
+from jaxpt.weights import Dense, Grouped, LoRA, LowRank, SparsePlusLowRank, Uniform, Weight
 
 RANK = 64  # a quarter of the width, as 128 is of LLaMA 60M's 512
 PERIOD = 25  # steps between subspaces; the papers: 200 of 10,000
@@ -74,11 +77,24 @@ def optimizer(kind: type, **options: Any) -> dict[str, Any]:
     return {"optimizer": kind(schedule=SCHEDULE, clip=1.0, rank=RANK, period=PERIOD, **options)}
 
 
+def relora() -> dict[str, Any]:
+    """Four cycles, as the paper's 5,000 of 20,000 steps; without its warm start of full rank, whose
+    memory would be that of full rank."""
+    adam = BASE.phases[0].optimizer
+    schedule = Restarts(SCHEDULE, every=100, warmup=10)
+    return {
+        **weights(LoRA(RANK, 16.0)),
+        "optimizer": dataclasses.replace(adam, schedule=schedule),
+        "updates": (ReLoRA(every=100),),
+    }
+
+
 ARMS = (
     Arm("full", values=PLAIN),
     Arm("low_rank", weights(LowRank(RANK)), PLAIN),
     Arm("sltrain", weights(SparsePlusLowRank(RANK, 16.0, Grouped(32))), PLAIN),
     Arm("sltrain_uniform", weights(SparsePlusLowRank(RANK, 16.0, Uniform(1 / 32))), PLAIN),
+    Arm("relora", relora(), PLAIN),
     Arm("galore", optimizer(GaLore), PROJECTED),
     Arm("fira", optimizer(Fira), PROJECTED),
     Arm("apollo", optimizer(APOLLO), PROJECTED),
@@ -101,10 +117,15 @@ STUDY = Study(
     rule=Relations(
         Relation("full", "<=", "sltrain"),
         Relation("sltrain", "~", "galore", 0.05),
-        Relation("sltrain", "~", "sltrain_uniform", 0.05),
+        Relation("sltrain", "<", "relora"),
+        Relation("galore", "<", "relora"),
+        Relation("relora", "<", "low_rank", 0.1),
+        also=(Relation("sltrain", "~", "sltrain_uniform", 0.05),),
     ),
     sizes={
-        "full": Size({}, tuning={"steps": 130, "evaluate.every": None, "data": Half(half="tuning")}),
+        "full": Size(
+            {}, tuning={"steps": 130, "evaluate.every": None, "data": Half(half="tuning")}
+        ),
         "quick": Size({"steps": 60, "evaluate.batches": 8}, seeds=(0,)),
         "smoke": Size(
             {

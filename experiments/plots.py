@@ -52,7 +52,8 @@ def curves(results: dict[str, Any]) -> Any:
         axes.plot(at, smooth.mean(0), style, label=name, linewidth=1.4)
         axes.fill_between(at, smooth.min(0), smooth.max(0), alpha=0.2)
     axes.set(xlabel="tokens", ylabel="training loss, nats a target", title=results["title"])
-    axes.legend(fontsize=8)
+    if axes.lines:
+        axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     return figure
 

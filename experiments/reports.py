@@ -40,7 +40,8 @@ def report(results: dict[str, Any], plots: Sequence[str]) -> str:
         f"{', '.join(map(str, results['seeds']))}.",
         f"**Rule, stated beforehand.** {results['rule']}",
         f"**Outcome: {results['outcome']}.**",
-        *_relations(results),
+        *_relations(results["relations"]),
+        *(["Beside the claim:", *_relations(results["also"])] if results["also"] else []),
         "## Losses and costs",
         "Validation loss in nats a target with its 95% interval over seeds; its mean difference "
         "from the first arm, paired by seed; training bytes are those of parameters, optimizer "
@@ -110,14 +111,14 @@ def table(rows: Sequence[dict[str, str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _relations(results: dict[str, Any]) -> list[str]:
+def _relations(lines: Sequence[dict[str, Any]]) -> list[str]:
     rows = [
         {
             "relation": f"`{r['asked']}`",
             "right less left": spread(Interval(number(r["mean"]), number(r["half"])), sign="+"),
             "outcome": r["outcome"],
         }
-        for r in results["relations"]
+        for r in lines
     ]
     return [table(rows)] if rows else []
 

@@ -30,7 +30,7 @@ import numpy as np
 
 from experiments import reports
 from experiments.outcomes import outcome_of, stamp, stepper
-from experiments.verdicts import Record, Rule
+from experiments.verdicts import Interval, Record, Rule
 from jaxpt.data.base import Source
 from jaxpt.data.corpus import Corpus
 from jaxpt.errors import ConfigError
@@ -244,10 +244,8 @@ class Session:
             "arms": arms,
             "runs": runs,
             "outcome": verdict.outcome if complete else "unfinished",
-            "relations": [
-                {"asked": asked, "mean": found.mean, "half": found.half, "outcome": outcome}
-                for asked, found, outcome in verdict.lines
-            ],
+            "relations": _lines(verdict.lines),
+            "also": _lines(verdict.also),
             **stamp(),
         }
 
@@ -327,6 +325,13 @@ def main(study: Study, argv: Sequence[str] | None = None) -> int:
         reports.write_ledger()
     print(f"{results['outcome']}: {folder / 'report.md'}")
     return 0
+
+
+def _lines(lines: Sequence[tuple[str, Interval, str]]) -> list[dict[str, Any]]:
+    return [
+        {"asked": asked, "mean": found.mean, "half": found.half, "outcome": outcome}
+        for asked, found, outcome in lines
+    ]
 
 
 def _shown(value: Any) -> str:

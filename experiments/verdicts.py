@@ -65,10 +65,12 @@ def difference(runs: Sequence[Record], left: str, right: str, task: str | None =
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """outcome: of the whole claim. lines: (what was asked, mean difference, its outcome)."""
+    """outcome: of the whole claim. lines: (what was asked, mean difference, its outcome); ``also``:
+    of what was asked beside the claim."""
 
     outcome: Outcome
     lines: tuple[tuple[str, Interval, Outcome], ...]
+    also: tuple[tuple[str, Interval, Outcome], ...] = ()
 
 
 class Rule:
@@ -125,10 +127,13 @@ class Relation:
 
 
 class Relations(Rule):
-    """All relations held: held. One contradicted: not held. Else not resolved."""
+    """All relations held: held. One contradicted: not held. Else not resolved.
 
-    def __init__(self, *relations: Relation):
-        self.relations = relations
+    ``also`` are judged alike, and reported beside the claim.
+    """
+
+    def __init__(self, *relations: Relation, also: Sequence[Relation] = ()):
+        self.relations, self.also = relations, tuple(also)
 
     def __str__(self):
         asked = "; ".join(map(str, self.relations))
@@ -140,16 +145,23 @@ class Relations(Rule):
         )
 
     def arms(self):
-        return frozenset(arm for r in self.relations for arm in (r.left, r.right))
+        return frozenset(arm for r in self.relations + self.also for arm in (r.left, r.right))
 
     def __call__(self, runs):
-        lines = []
-        arms = {run["arm"] for run in runs}
-        for relation in self.relations:
-            if not {relation.left, relation.right} <= arms:
-                continue
+        lines = _judged(self.relations, runs)
+        outcomes = {outcome for _, _, outcome in lines}
+        whole: Outcome = "held"
+        for outcome in ("not resolved", "not held"):
+            whole = outcome if outcome in outcomes else whole
+        return Verdict(whole, lines, _judged(self.also, runs))
+
+
+def _judged(relations: Sequence[Relation], runs: Sequence[Record]):
+    """The lines of a verdict, of those relations whose arms have runs."""
+    arms = {run["arm"] for run in runs}
+    lines = []
+    for relation in relations:
+        if {relation.left, relation.right} <= arms:
             found = difference(runs, relation.left, relation.right, relation.task)
             lines.append((str(relation), found, relation.outcome(found)))
-        outcomes = {outcome for _, _, outcome in lines}
-        whole = next((o for o in ("not held", "not resolved") if o in outcomes), "held")
-        return Verdict(whole, tuple(lines))  # type: ignore[arg-type]
+    return tuple(lines)

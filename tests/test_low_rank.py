@@ -1,12 +1,16 @@
 """Low-rank and sparse-plus-low-rank weights: what they start from, hold and convert into."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import tiny_run
 
 from jaxpt.errors import ConfigError
-from jaxpt.weights import FanIn, Grouped, LowRank, SparsePlusLowRank, Uniform
+from jaxpt.program import Program
+from jaxpt.weights import Dense, FanIn, Grouped, LowRank, SparsePlusLowRank, Uniform
 from jaxpt.weights.base import Record, Rules, Scope
 
 AXES = ("embed", "mlp")
@@ -97,3 +101,23 @@ def test_wrong_choices_are_named(make, field):
     with pytest.raises(ConfigError) as error:
         make()
     assert error.value.field == field
+
+
+def test_no_scatter_of_a_train_step_has_repeated_or_unordered_indices(tmp_path):
+    """Either support, both passes. The embedding's gradient alone adds rows up by their ids."""
+    inner = (("*/attention/*", Grouped(8)), ("*/mlp/*", Uniform(0.1)))
+    weights = tuple((path, SparsePlusLowRank(4, 8.0, support)) for path, support in inner)
+    run = tiny_run(tmp_path, **{"model.weights": (*weights, ("*", Dense()))})
+    program = Program(run, 0, run.tokenizer.build().vocabulary, run.mesh.build())
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    with program.layout.active():
+        step = jax.jit(program.step_function).trace(program.abstract, program.abstract_batch, key)
+    text = step.lower(lowering_platforms=("cuda",)).as_text()
+    scatters = re.findall(r'stablehlo\.scatter"\(.*?<{(.*?)}>.*?: \((tensor<[^>]*>)', text, re.S)
+    embedding = f"tensor<{program.model.tensors['embedding/w'].shape[0]}x16xf32>"
+    assert len([of for _, of in scatters if of == embedding]) == 1
+    others = [flags for flags, of in scatters if of != embedding]
+    assert len(others) == 2 * 2  # of in and out, forward and backward; one layer's text
+    for flags in others:
+        assert "indices_are_sorted = true" in flags
+        assert "unique_indices = true" in flags

@@ -1,13 +1,17 @@
 """The product with a sparse-plus-low-rank matrix against float64, and what it compiles to."""
 
+import json
 import re
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels import benchmark
 from kernels.low_rank_sparse import gather, held_shape, low_rank_sparse, materialise, spread
+from kernels.platform import compiling_for
 
 GROUPS = {"grouped": 4, "remainder": 5, "any": None}
 NAMES = ("x", "a", "b", "values")
@@ -61,9 +65,14 @@ def test_the_product_and_its_gradients(group, d_in, d_out, rank):
                 *arrays, jnp.asarray(indices), scale=SCALE, group=group, implementation=name
             )
 
-        y, pull = jax.vjp(f, *single)
+        @jax.jit
+        def both(g, *arrays, f=f):
+            y, pull = jax.vjp(f, *arrays)
+            return y, pull(g)
+
+        y, gradients = both(jnp.float32(g), *single)
         np.testing.assert_allclose(y, x @ w, atol=5e-5)
-        for of, got, expected in zip(NAMES, pull(jnp.float32(g)), want, strict=True):
+        for of, got, expected in zip(NAMES, gradients, want, strict=True):
             np.testing.assert_allclose(got, expected, atol=2e-4, err_msg=f"{name}: {of}")
     made = materialise(*single[1:], jnp.asarray(indices), scale=SCALE, group=group)
     np.testing.assert_allclose(made, w, atol=2e-5)
@@ -100,8 +109,8 @@ def test_bfloat16_gradients_come_in_the_parameters_dtype():
     def f(x, *rest):
         return low_rank_sparse(x, *rest, jnp.asarray(indices), group=4).astype(jnp.float32).sum()
 
-    exact = jax.grad(f, argnums=(0, 1, 2, 3))(x, *rest)
-    got = jax.grad(f, argnums=(0, 1, 2, 3))(x.astype(jnp.bfloat16), *rest)
+    gradients = jax.jit(jax.grad(f, argnums=(0, 1, 2, 3)))
+    exact, got = gradients(x, *rest), gradients(x.astype(jnp.bfloat16), *rest)
     assert [g.dtype for g in got] == [jnp.bfloat16, jnp.float32, jnp.float32, jnp.float32]
     for g, e in zip(got, exact, strict=True):
         assert float(jnp.abs(g - e).max()) < 0.03 * float(jnp.abs(e).max())
@@ -129,3 +138,53 @@ def test_what_does_not_fit_is_named(change, message):
     }
     with pytest.raises(ValueError, match=re.escape(message)):
         low_rank_sparse(**(given | change))  # type: ignore[arg-type]
+
+
+def test_the_benchmark_prints_what_it_measured(capsys):
+    """At a size where times mean nothing; what is counted does."""
+    argv = ["low_rank_sparse", "--json", "--widths", "64", "--ranks", "0.25", "--tokens", "128"]
+    benchmark.main([*argv, "--rounds", "1", "--round-seconds", "0"])
+    rows = {row["weight"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert list(rows) == [
+        "dense",
+        "low rank",
+        "xla, grouped",
+        "xla, uniform",
+        "reference, grouped",
+        "reference, uniform",
+    ]
+    for row in rows.values():
+        assert (row["d_in"], row["d_out"], row["rank"], row["tokens"]) == (64, 64, 16, 128)
+        assert row["forward ms"] > 0
+        assert row["forward + backward ms"] > 0
+    dense, ours = rows["dense"], rows["xla, grouped"]
+    assert dense["forward, x dense"] == dense["forward + backward, x dense"] == 1
+    # T = 128, R = 16: 8 R d^2 more than the dense one's 6 T d^2.
+    assert ours["forward + backward, x dense, operations"] == pytest.approx(1 + 8 * 16 / (6 * 128))
+    assert rows["low rank"]["forward, x dense, operations"] == 0.5
+    # x, the factors, the values and a byte for each; the dense one keeps its matrix.
+    assert ours["kept MiB"] == (4 * (128 * 64 + 2 * 64 * 16 + 64 * 2) + 64 * 2) / 2**20
+    assert dense["kept MiB"] == 4 * (128 * 64 + 64 * 64) / 2**20
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_the_grouped_support_scatters_nothing(platform):
+    """And gathers on CPUs alone; ordered, distinct indices are said to be so."""
+    text = {}
+    for group in (4, None):
+        arrays, indices = make(16, 8, 4, group)
+        arrays = [jnp.float32(array) for array in arrays.values()]
+
+        def f(x, a, b, values, indices, group=group):
+            return low_rank_sparse(x, a, b, values, indices, group=group).sum()
+
+        with compiling_for(types.SimpleNamespace(platform=platform)):
+            traced = jax.jit(jax.grad(f, argnums=(0, 1, 2, 3))).trace(*arrays, indices)
+        text[group] = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert "stablehlo.scatter" not in text[4]
+    assert ("stablehlo.gather" in text[4]) == (platform == "cpu")
+    scatters = re.findall(r'stablehlo\.scatter"\(.*?<{(.*?)}>', text[None], re.S)
+    assert len(scatters) == 1  # the sum needs no forward pass: that of the backward pass alone
+    for flags in scatters:
+        assert "indices_are_sorted = true" in flags
+        assert "unique_indices = true" in flags

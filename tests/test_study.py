@@ -78,6 +78,8 @@ def test_a_claim_is_held_if_all_of_it_is():
     assert rule(against).outcome == "not held"
     assert [line[2] for line in rule(against).lines] == ["not held", "not resolved"]
     assert [line[0] for line in rule(runs_of(a=[1.0], b=[2.0])).lines] == ["a < b"]
+    aside = Relations(better, also=(Relation("c", "<", "b"),))(held)
+    assert (aside.outcome, aside.also[0][2]) == ("held", "not held")
     diverged = runs_of(a=[1.0, math.nan], b=[2.0, 2.1], c=[2.01, 2.11])
     assert rule(diverged).outcome == "not resolved"
 

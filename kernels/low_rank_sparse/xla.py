@@ -12,7 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels.low_rank_sparse.support import gather, spread
+from kernels.low_rank_sparse.support import gather, plus
 from kernels.product import product_gradients
 
 
@@ -25,7 +25,7 @@ def low_rank_sparse(x, a, b, values, indices, scale: float, group: int | None) -
 def materialise(a, b, values, indices, scale: float, group: int | None, dtype) -> jax.Array:
     """scale a b + S, in ``dtype``."""
     low = jnp.dot(a.astype(dtype) * jnp.asarray(scale, dtype), b.astype(dtype))
-    return low + spread(values.astype(dtype), indices, a.shape[0], b.shape[1], group)
+    return plus(low, values.astype(dtype), indices, group)
 
 
 def _forward(x, a, b, values, indices, scale, group):
