@@ -1,6 +1,7 @@
 """The chunked cross-entropy against one that materialises everything in float64."""
 
 import functools
+import importlib.util
 import math
 import re
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kernels.cross_entropy import cross_entropy, pick_chunk
+from kernels.cross_entropy import cross_entropy, pick_chunk, tpu
 
 B, T, D, V = 4, 10, 16, 24
 NAMES = ("x", "w", "bias", "weights")
@@ -251,6 +252,129 @@ def test_pick_chunk():
     assert pick_chunk(16, 2048, 32768, platform="gpu") == 256
     assert pick_chunk(16, 2048, 32768, platform="gpu", shards=8) == 2048
     assert pick_chunk(4096, 7, 10**6, platform="cpu") == 1
+
+
+# ------------------------------------------------------------------------- the TPU kernel
+
+KERNEL = {"implementation": "pallas_tpu_interpret"}
+SHAPE = (2, 150, 16, 300)  # three blocks of columns, the last in part; three chunks of tokens
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(tpu, "sizes_for", lambda kind: tpu.Sizes(columns=128, rows=64, depth=8))
+
+
+@pytest.mark.parametrize("case", ["plain", "all"])
+def test_kernel_equals_float64(case, small_blocks):
+    arrays, targets = data(shape=SHAPE, ids=290)
+    if case == "plain":
+        arrays["x"][0, :40] *= 30  # beyond float32's range of exp, the greatest in any block
+        del arrays["bias"]
+    options = CASES[case] | ({"vocabulary": 290} if case == "all" else {})
+    expected, gradients = reference(arrays, targets, **options)
+    narrow = {name: a.astype(np.float32) for name, a in arrays.items()}
+    result, actual = value_and_gradients(narrow, targets, chunk=64, **KERNEL, **options)
+    for name in ("total", "loss_BT", "lse_BT"):
+        assert_close(getattr(result, name), getattr(expected, name), 2e-6)
+    np.testing.assert_array_equal(result.correct_BT, expected.correct_BT)
+    for name in arrays:
+        assert_close(actual[name], gradients[name], 2e-5)
+    options |= KERNEL | {"chunk": 64}
+    plain = cross_entropy(
+        narrow["x"], narrow["w"], targets, narrow["weights"], bias=narrow.get("bias"), **options
+    )
+    assert_close(plain.lse_BT, expected.lse_BT, 2e-6)  # the first pass alone
+
+
+def test_kernel_in_bfloat16(small_blocks):
+    arrays, targets = data(dtype=np.float32, shape=SHAPE, ids=300)
+    arrays["x"] = jnp.asarray(arrays["x"], jnp.bfloat16)
+    arrays["w"] = jnp.asarray(arrays["w"], jnp.bfloat16).astype(jnp.float32)
+    expected, gradients = reference(arrays, targets, softcap=20.0)
+    result, actual = value_and_gradients(arrays, targets, softcap=20.0, **KERNEL)
+    assert_close(result.loss_BT, expected.loss_BT, 1e-5)
+    # The exponentials are rounded once more than elsewhere.
+    assert_close(actual["x"], gradients["x"], 2**-7)
+    assert_close(actual["w"], gradients["w"], 2**-8)
+
+
+def test_tokens_of_a_chunk():
+    sizes = tpu.sizes_for("TPU v5 lite")
+    assert sizes.most_tokens(2048, 32000, jnp.bfloat16) == 1024
+    assert sizes.chunk(4, 1024, 2048, 32000, jnp.bfloat16) == 256
+    assert sizes.chunk(3, 1024, 2048, 32000, jnp.bfloat16) == 256  # 768 tokens
+    assert sizes.chunk(1, 100, 2048, 32000, jnp.bfloat16) == 100
+    assert sizes.block(32128) == 256
+    assert sizes.block(2**18) == 2048
+    assert tpu.sizes_for("TPU v5p").most_tokens(2048, 32000, jnp.bfloat16) == 384
+
+
+def head(B, T, D, V, sharding=None):
+    make = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+    low = [make(s, jnp.bfloat16) for s in ((B, T, D), (D, V))]
+    return *low, make((B, T), jnp.int32), make((B, T), jnp.float32)
+
+
+def gradients_by_kernel(x, w, targets, weights):
+    def total(x, w):
+        options = {"z_loss": 1e-4, "implementation": "pallas_tpu"}
+        return cross_entropy(x, w, targets, weights, **options).total
+
+    return jax.value_and_grad(total, (0, 1))(x, w)
+
+
+def test_kernel_lowers_for_tpus_without_one():
+    traced = jax.jit(gradients_by_kernel).trace(*head(4, 256, 512, 32128))
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") == 1
+    assert not re.search(r"tensor<([0-9]+x)+32128xf32>", text.replace("512x32128", ""))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra: tpu)"
+)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "shape"),
+    [
+        ("v5e:2x2", (4, 512, 768, 32128)),
+        ("v5p:2x2x1", (4, 512, 2048, 32000)),
+        ("v6e:2x2", (1, 2048, 4096, 32000)),
+    ],
+)
+def test_kernel_compiles_for_tpus(target, shape, monkeypatch):
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    from jax.experimental import topologies
+    from jax.sharding import SingleDeviceSharding
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=target)
+    kind = topology.devices[0].device_kind
+    sizes_for = tpu.sizes_for
+    monkeypatch.setattr(tpu, "sizes_for", lambda _: sizes_for(kind))
+    arguments = head(*shape, SingleDeviceSharding(topology.devices[0]))
+    traced = jax.jit(gradients_by_kernel).trace(*arguments)
+    compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    batch, length, width, vocabulary = shape
+    sums = 4 * width * vocabulary  # dW in float32
+    rows = 2 * batch * length * width
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.1 * sums + 4 * rows
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"row_shards": 2}, "row_shards"),
+        ({"softcap": 50.0}, "softcap .above 40"),
+    ],
+)
+def test_kernel_refuses(change, message):
+    arrays, targets = data(dtype=np.float32)
+    with pytest.raises(NotImplementedError, match=message):
+        cross_entropy(arrays["x"], arrays["w"], targets, arrays["weights"], **KERNEL, **change)
+    wide = jnp.zeros((1, 1, 2**15)), jnp.zeros((2**15, 8)), jnp.zeros((1, 1), int)
+    with pytest.raises(NotImplementedError, match="width and vocabulary"):
+        cross_entropy(*wide, jnp.ones((1, 1)), **KERNEL)
 
 
 @pytest.mark.parametrize(

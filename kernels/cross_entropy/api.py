@@ -100,13 +100,13 @@ def cross_entropy(
         raise ValueError(f"row_shards={row_shards} does not divide the batch, {B}")
     step = None
     if implementation in ("pallas_tpu", "pallas_tpu_interpret"):
-        refused = tpu.unserved(x_BTD, w_DV, options, row_shards)
+        sizes = tpu.sizes_for(jax.devices()[0].device_kind)
+        refused = tpu.unserved(x_BTD, w_DV, options, row_shards, sizes)
         if refused is not None:
             raise NotImplementedError(f"{implementation=} does not serve this {refused}")
-        step = tpu.step(interpret=implementation == "pallas_tpu_interpret")
+        step = tpu.step(sizes, implementation == "pallas_tpu_interpret")
         if chunk is None:
-            pieces = -(-T // max(1, tpu.most_tokens(D, V, x_BTD.dtype) // B))
-            chunk = -(-T // pieces)
+            chunk = sizes.chunk(B, T, D, V, x_BTD.dtype)
     if chunk is None:
         chunk = pick_chunk(B, T, V)
     elif chunk < 1:

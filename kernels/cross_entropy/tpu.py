@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -32,52 +33,60 @@ MOST_SOFTCAP = 40.0
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Columns of a block, a multiple of 128; tokens, and rows of dW, that are done at a time; and
-    the VMEM that a kernel may take."""
+    """Least columns of a block, a multiple of 128; tokens, and rows of dW, that are done at a time;
+    and the VMEM that a kernel may take, by which the tokens of a chunk are chosen."""
 
-    columns: int = 512
+    columns: int = 256
     rows: int = 256
     depth: int = 512
-    vmem_bytes: int = 110 << 20
+    vmem_bytes: int = 52 << 20
+
+    def block(self, vocabulary: int) -> int:
+        """Columns of a block: of at most 128 blocks."""
+        return max(self.columns, -(-vocabulary // LANES**2) * LANES)
+
+    def most_tokens(self, width: int, vocabulary: int, dtype) -> int:
+        """The most tokens of a chunk, a multiple of 128, so that all that is kept fits."""
+        size, columns = jnp.dtype(dtype).itemsize, self.block(vocabulary)
+        # W twice, dW twice coming and going, and what the compiler holds of products.
+        fixed = width * columns * (2 * size + 4 * 4) + self.rows * columns * 16
+        # Exponentials; x, its transpose, dx going twice and its sum; dlogits; numbers of a token,
+        # each in a row of 128 lanes: five kept, six that come or go twice.
+        token = -(-vocabulary // columns) * columns * size + width * (4 * size + 4)
+        token += columns * size + LANES * 4 * (5 + 2 * 6)
+        return max(0, self.vmem_bytes - fixed) // token // LANES * LANES
+
+    def chunk(self, batch: int, length: int, width: int, vocabulary: int, dtype) -> int:
+        """Positions of a row to do at once: the most whose tokens fit, in whole tiles of 128 tokens
+        where that is possible."""
+        positions = self.most_tokens(width, vocabulary, dtype) // batch
+        tile = LANES // math.gcd(LANES, batch)
+        if positions >= length:
+            return length
+        return max(1, positions // tile * tile or positions)
 
 
-DEFAULT_SIZES = Sizes()
+def sizes_for(kind: str) -> Sizes:
+    """Sizes for a device kind. Those with 128 MiB of VMEM may take more of it than any TPU has."""
+    large = ("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e")
+    return Sizes(vmem_bytes=110 << 20) if kind in large else Sizes()
 
 
-def unserved(
-    x_BTD, w_DV, options: Options, row_shards: int, sizes: Sizes = DEFAULT_SIZES
-) -> str | None:
+def unserved(x_BTD, w_DV, options: Options, row_shards: int, sizes: Sizes) -> str | None:
     """The argument that the kernel cannot serve, or None; arguments as of ``cross_entropy``."""
-    columns = sizes.columns
     least = -(-x_BTD.shape[0] // LANES) * LANES
+    most = sizes.most_tokens(x_BTD.shape[-1], w_DV.shape[1], x_BTD.dtype)
     refused = {
         "dtype": x_BTD.dtype not in (jnp.bfloat16, jnp.float32),
         "row_shards": row_shards != 1,
         f"softcap (above {MOST_SOFTCAP:g})": (options.softcap or 0) > MOST_SOFTCAP,
-        f"vocabulary (above {LANES * columns})": w_DV.shape[1] > LANES * columns,
-        f"width and vocabulary (a chunk of {least} tokens does not fit the chip)": most_tokens(
-            x_BTD.shape[-1], w_DV.shape[1], x_BTD.dtype, sizes
-        )
-        < least,
+        f"width and vocabulary (of {least} tokens, {most} fit the chip)": most < least,
     }
     return next((name for name, is_refused in refused.items() if is_refused), None)
 
 
-def most_tokens(width: int, vocabulary: int, dtype, sizes: Sizes = DEFAULT_SIZES) -> int:
-    """The most tokens of a chunk, a multiple of 128, so that all that is kept fits the VMEM."""
-    size = jnp.dtype(dtype).itemsize
-    blocks = -(-vocabulary // sizes.columns)
-    # W twice, dW twice coming and going, and what the compiler holds of products.
-    fixed = width * sizes.columns * (2 * size + 4 * 4) + sizes.rows * sizes.columns * 16
-    # Exponentials; x, its transpose, dx going twice and its sum; dlogits; numbers of a token, each
-    # in a row of 128 lanes: five kept, six that come or go twice.
-    token = blocks * sizes.columns * size + width * (4 * size + 4) + sizes.columns * size
-    token += LANES * 4 * (5 + 2 * 6)
-    return max(0, sizes.vmem_bytes - fixed) // token // LANES * LANES
-
-
 @functools.cache
-def step(sizes: Sizes = DEFAULT_SIZES, interpret: object = False) -> Callable:
+def step(sizes: Sizes, interpret: object = False) -> Callable:
     """What does one chunk for ``kernels.cross_entropy.xla.cross_entropy``. ``interpret``: as
     ``pallas_call`` takes it, to run where there is no TPU."""
     return functools.partial(one_chunk, sizes, interpret)
@@ -93,7 +102,9 @@ def one_chunk(sizes: Sizes, interpret, w_DV, bias_V, options: Options, with_grad
         jnp.pad(a, (0, padded - tokens))[:, None] for a in (targets_N.astype(jnp.int32), weights_N)
     )
     bias_1V = None if bias_V is None else bias_V.astype(jnp.float32)[None]
-    plan = Plan(options, options.vocabulary or w_DV.shape[1], sizes, with_gradient, interpret)
+    columns = w_DV.shape[1]
+    ids = options.vocabulary or columns
+    plan = Plan(options, ids, sizes, sizes.block(columns), with_gradient, interpret)
     found = call(plan, x_ND, w_DV, bias_1V, targets_N1, weights_N1, *sums)
     top_N, norm_N, target_N, mean_N = (
         found[name][:tokens, 0] for name in ("top", "norm", "target", "total")
@@ -117,6 +128,7 @@ class Plan:
     options: Options
     vocabulary: int  # columns that are ids
     sizes: Sizes
+    block: int  # columns of one
     with_gradient: bool
     interpret: object = False
 
@@ -124,8 +136,8 @@ class Plan:
 def call(plan: Plan, x_ND, w_DV, bias_1V, targets_N1, weights_N1, dw_1DV, dbias_1V) -> dict:
     """The kernel over a grid of (passes, blocks of columns); sums are added to in place."""
     (tokens, depth), columns = x_ND.shape, w_DV.shape[1]
-    sizes, f32 = plan.sizes, jnp.float32
-    blocks = -(-columns // sizes.columns)
+    size, f32 = plan.block, jnp.float32
+    blocks = -(-columns // size)
     block = lambda step, j: (0, j)  # noqa: E731
     late = lambda step, j: (0, j * step)  # noqa: E731  (stays where it is in the first pass)
     once = functools.partial(
@@ -136,12 +148,12 @@ def call(plan: Plan, x_ND, w_DV, bias_1V, targets_N1, weights_N1, dw_1DV, dbias_
     shape = jax.ShapeDtypeStruct
     inputs: dict[str, Any] = {
         "x": (x_ND, once((tokens, depth))),
-        "w": (w_DV, pl.BlockSpec((depth, sizes.columns), block)),
+        "w": (w_DV, pl.BlockSpec((depth, size), block)),
         "targets": (targets_N1, number),
         "weights": (weights_N1, number),
     }
     if bias_1V is not None:
-        inputs["bias"] = (bias_1V, pl.BlockSpec((1, sizes.columns), block))
+        inputs["bias"] = (bias_1V, pl.BlockSpec((1, size), block))
     outputs: dict[str, Any] = {
         name: (shape((tokens, 1), f32), number) for name in ("top", "norm", "target", "total")
     }
@@ -153,15 +165,15 @@ def call(plan: Plan, x_ND, w_DV, bias_1V, targets_N1, weights_N1, dw_1DV, dbias_
         sums = {"dw": (dw_1DV[0], depth), "dbias": (dbias_1V, 1)}
         for name, (x, rows) in sums.items():
             if x is not None:
-                spec = pl.BlockSpec((rows, sizes.columns), late)
+                spec = pl.BlockSpec((rows, size), late)
                 aliases[len(inputs)] = len(outputs)
                 inputs[f"{name}_before"] = (x, spec)
                 outputs[name] = (shape(x.shape, f32), spec)
         outputs["dx"] = (shape(x_ND.shape, x_ND.dtype), whole((tokens, depth)))
         scratch |= {
             "tops": lanes,
-            "kept": pltpu.VMEM((blocks, tokens, sizes.columns), x_ND.dtype),
-            "g": pltpu.VMEM((tokens, sizes.columns), x_ND.dtype),
+            "kept": pltpu.VMEM((blocks, tokens, size), x_ND.dtype),
+            "g": pltpu.VMEM((tokens, size), x_ND.dtype),
             "dx_sum": pltpu.VMEM((tokens, depth), f32),
         }
     names = [*inputs, *outputs, *scratch]
@@ -199,7 +211,7 @@ def kernel(plan: Plan, names, columns: int, *refs) -> None:
     ref = dict(zip(names, refs, strict=True))
     step, j = pl.program_id(0), pl.program_id(1)
     last = pl.num_programs(1) - 1
-    size = plan.sizes.columns
+    size = plan.block
     # The block in which the ids end, and those after it, have columns to mask.
     whole = plan.vocabulary // size
     masks = [False] * (whole > 0) + [True] * (whole * size < columns)
@@ -241,7 +253,7 @@ def kernel(plan: Plan, names, columns: int, *refs) -> None:
 
 
 def _exponentials(plan: Plan, ref, j, masked: bool) -> None:
-    options, size = plan.options, plan.sizes.columns
+    options, size = plan.options, plan.block
     chunks = _pieces(ref["x"].shape[0], plan.sizes.rows)
 
     def product(begin, end):
@@ -282,7 +294,7 @@ def _exponentials(plan: Plan, ref, j, masked: bool) -> None:
 def _gradients(plan: Plan, ref, j, masked: bool, columns: int) -> None:
     """The gradient of the logits, as in ``kernels.cross_entropy.xla.one_chunk``, and from it the
     others."""
-    options, size = plan.options, plan.sizes.columns
+    options, size = plan.options, plan.block
     smoothing = options.label_smoothing
     w = ref["w"][...]
     if columns % size:  # beyond the last column there is anything
