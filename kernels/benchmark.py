@@ -44,10 +44,15 @@ def versions() -> dict[str, str]:
     return found
 
 
+def today() -> str:
+    """The date, in UTC."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+
+
 def stamp(argv: Sequence[str], module: str) -> dict[str, Any]:
     """What makes a table a record: date (UTC), versions, command."""
     return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "date": today(),
         "versions": versions(),
         "command": shlex.join(["python", "-m", module, *argv]),
     }

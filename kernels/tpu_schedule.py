@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 DELAY = 4  # bundles after a branch that run before it is taken
 GRANULE = 32  # bytes in which DMA sizes are given
 WORD = (1 << 32) - 1
+MOST = 5_000_000  # blocks to run before giving up
 _BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|\d+)\s*(?:[A-Z]{2})?\s*:(?:\s*>)*\s*\{")
 _OP = re.compile(r"^(?:(%[\w.]+)\s*=\s*)?([a-z_][\w.]*)\s*(.*)$", re.S)
 _OPERAND = re.compile(r"!?%[\w.]+|\[#[^\]]*\]|-?\d+")
@@ -89,6 +90,11 @@ class Schedule:
     def issued(self, matches: Callable[[Op], bool]) -> int:
         """How many instructions ran for which this holds."""
         return sum(b.count * sum(map(matches, b.ops)) for b in self.blocks)
+
+    def again(self, tables: Mapping[int, Sequence[int]]) -> Schedule:
+        """The same code with other tables; see ``read``."""
+        blocks = [dataclasses.replace(block, count=0) for block in self.blocks]
+        return Machine(blocks, tables).run(MOST)
 
     def spills(self) -> int:
         """Stores and loads of vector registers for want of registers."""
@@ -358,7 +364,7 @@ class Machine:
 
 
 def read(
-    text: str, tables: Mapping[int, Sequence[int]] | None = None, most: int = 5_000_000
+    text: str, tables: Mapping[int, Sequence[int]] | None = None, most: int = MOST
 ) -> Schedule:
     """The schedule of one operation from its listing.
 

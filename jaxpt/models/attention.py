@@ -9,7 +9,7 @@ from flax import nnx
 
 import kernels.attention as kernel
 from jaxpt.errors import ConfigError
-from jaxpt.mesh import constrain
+from jaxpt.mesh import Layout, active_layout, constrain
 from jaxpt.models.mlp import check_rate, project, projection
 from jaxpt.models.norm import Norm
 from jaxpt.models.position import rotate
@@ -78,6 +78,25 @@ class Rule:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
 
+def sharding_layout() -> Layout | None:
+    """The active layout where it is one of several devices, over which attention is cut."""
+    layout = active_layout()
+    return None if layout is None or layout.mesh.size == 1 else layout
+
+
+def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, **arguments) -> jax.Array:
+    """The op, over the active layout: each device attends with its own rows, heads and queries,
+    by the kernels, which XLA cannot cut. One query at a time, and dropout, are left to XLA."""
+    layout = sharding_layout()
+    if layout is None or q_BTNH.shape[1] == 1 or arguments["dropout"] is not None:
+        return kernel.attention(q_BTNH, k_BSKH, v_BSKH, **arguments)
+    batch, length, heads = layout.spec(("batch", "length", "heads"))
+    split = kernel.Split(batch=batch, heads=heads, length=length)
+    return kernel.sharded_attention(
+        q_BTNH, k_BSKH, v_BSKH, mesh=layout.mesh, split=split, **arguments
+    )
+
+
 class AttentionModule(nnx.Module):
     """Self-attention, or cross-attention where keys come from elsewhere."""
 
@@ -113,7 +132,7 @@ class AttentionModule(nnx.Module):
     def attend(self, q_BTNH, k_BSKH, v_BSKH, rule: Rule, *, bias=None, window=None, key=None):
         """[B, T, D], after the output projection."""
         rate = self.config.dropout
-        y = kernel.attention(
+        y = attend(
             q_BTNH,
             k_BSKH,
             v_BSKH,

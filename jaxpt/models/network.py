@@ -11,7 +11,7 @@ from flax import nnx
 
 import kernels.attention as kernel
 from jaxpt.mesh import constrain
-from jaxpt.models.attention import Rule
+from jaxpt.models.attention import Rule, sharding_layout
 from jaxpt.models.cache import Cache
 from jaxpt.models.lookup import lookup
 from jaxpt.models.mlp import ACTIVATIONS, dropout, project, projection
@@ -100,7 +100,8 @@ class Stack(Layers):
         bias = self._bias()
         if cache is None:
             length, implementation = x_BTD.shape[1], config.attention.implementation
-            bias = kernel.shared_bias(bias, length, length, implementation)
+            sharded = sharding_layout() is not None
+            bias = kernel.shared_bias(bias, length, length, implementation, sharded=sharded)
         context = Context(rule, angles, bias, cross_rule, encoded)
         x_BTD, cache = self.run(x_BTD, context, keys[1], cache)
         return self.final_norm(x_BTD) if config.has_final_norm else x_BTD, cache

@@ -102,15 +102,20 @@ def attention(
 
 
 def shared_bias(
-    bias: RelativeBias | ALiBi | None, queries: int, keys: int, implementation: str | None = None
+    bias: RelativeBias | ALiBi | None,
+    queries: int,
+    keys: int,
+    implementation: str | None = None,
+    *,
+    sharded: bool = False,
 ) -> RelativeBias | ALiBi | jax.Array | None:
     """What to pass as ``bias`` in each of several layers that share it.
 
     An implementation that computes the bias inside takes it as it is. XLA is given the array, so
     that the layers share its computation, and their gradients are added up before they go to the
-    table. For rows of default positions.
+    table. For rows of default positions. ``sharded``: the layers call ``sharded_attention``.
     """
-    inside = queries >= LEAST_QUERIES and _on_one_device()
+    inside = queries >= LEAST_QUERIES and (sharded or _on_one_device())
     implementation = implementation or (_kernel() if inside else None) or "xla"
     if bias is None or implementation not in ("xla", "reference"):
         return bias

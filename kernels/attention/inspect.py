@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import functools
 
-from kernels.attention import cases, tpu
+from kernels.attention import cases, tpu, tuning
 from kernels.attention.cases import Case
 from kernels.attention.peers import PEERS
+from kernels.attention.tune import tune
 from kernels.inspect import Subject
 
+__all__ = ["add_arguments", "subjects", "tune"]
 OURS = "pallas_tpu"
 
 
@@ -31,17 +33,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def subjects(args: argparse.Namespace) -> list[Subject]:
     case = cases.case_of(args)
     found = []
+
+    def aimed(function):
+        def run(*arguments):
+            with tuning.aiming_at(args.target):
+                return function(*arguments)
+
+        return run
+
     for name in args.by:
         implementation = PEERS["tpu"].get(name) or cases.ours(name)
         if name == OURS and args.blocks:
-            implementation = functools.partial(with_sizes, tpu.Sizes(*args.blocks))
-        found.append(
-            Subject(name, case.function(implementation), case.arguments, case.flops(), case.bytes())
-        )
+            implementation = functools.partial(with_sizes, tuning.Sizes(*args.blocks))
+        function = aimed(case.function(implementation))
+        found.append(Subject(name, function, case.arguments, case.flops(), case.bytes()))
     return found
 
 
-def with_sizes(sizes: tpu.Sizes, q, k, v, bias, case: Case):
+def with_sizes(sizes: tuning.Sizes, q, k, v, bias, case: Case):
     """Ours with these block sizes."""
     segments = case.segments()
     return tpu.attention(

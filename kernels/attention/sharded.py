@@ -48,13 +48,11 @@ def sharded_attention(q_BTNH, k_BSKH, v_BSKH, *, mesh: Mesh, split: Split, **arg
 
     Raises:
       ValueError: a size that the mesh does not divide.
-      NotImplementedError: dropout, or a bias that is an array.
+      NotImplementedError: dropout.
     """
     bias = arguments.pop("bias", None)
     if arguments.get("dropout") is not None:
         raise NotImplementedError("dropout is not served over a mesh")
-    if bias is not None and not isinstance(bias, RelativeBias | ALiBi):
-        raise NotImplementedError("a bias that is an array is not served over a mesh")
     batch, queries, heads, _ = q_BTNH.shape
     groups, cut = k_BSKH.shape[2], split.size(mesh, "heads")
     for name, size, axis in (
@@ -81,7 +79,12 @@ def sharded_attention(q_BTNH, k_BSKH, v_BSKH, *, mesh: Mesh, split: Split, **arg
     row_specs = {
         name: P(split.batch, split.length if name in OF_QUERIES else None) for name in rows
     }
-    bias_spec: Any = jax.tree.map(lambda _: P(split.heads), bias)
+    if bias is None or isinstance(bias, RelativeBias | ALiBi):
+        bias_spec: Any = jax.tree.map(lambda _: P(split.heads), bias)
+    else:  # an array is cut along the axes along which it is not spread
+        bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+        axes = (split.batch, split.heads, split.length, None)
+        bias_spec = P(*(None if n == 1 else a for n, a in zip(bias.shape, axes, strict=True)))
 
     def local(q, k, v, bias, rows):
         return api.attention(q, k, v, bias=bias, **rows, **arguments)

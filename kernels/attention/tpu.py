@@ -9,37 +9,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels.attention import blocks, tpu_backward, tpu_forward
+from kernels.attention import blocks, tpu_backward, tpu_forward, tuning
 from kernels.attention.bias import ALiBi, RelativeBias, by_distance
 from kernels.attention.blocks import Rule
 from kernels.attention.second import derivative_of_gradients
 from kernels.attention.tpu_parts import LANES, MASKED, Plan
+from kernels.attention.tuning import Sizes
 
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """Most queries and keys of a block, and queries of a chunk within it; multiples of 128.
-
-    The defaults took the fewest cycles, by the compiler's schedule for v5e, of blocks of 512, 1024
-    and 2048 and chunks of 128, 256 and 512, at length 4096 and widths 64 and 128.
-    """
-
-    forward: int = 1024
-    backward: int = 1024
-    forward_chunk: int = 128
-    backward_chunk: int = 256
-
-
-DEFAULT_SIZES = Sizes()
-# The backward kernel holds the gradients of all keys and values of a head in VMEM, in float32,
-# and their rounded copies.
-MOST_GRADIENT_BYTES = 72 << 20
-# It also holds the bias's tiles, and their gradients', for all heads of a group.
-MOST_BIAS_BYTES = 24 << 20
+# The backward kernel holds the gradients of all keys and values of a head in VMEM, in float32, and
+# their rounded copies; also the bias's tiles, and their gradients', for all heads of a group. Of a
+# core's VMEM these shares may go to the one and the other, and so much to all of a kernel.
+OF_GRADIENTS, OF_BIAS, OF_KERNEL = 9 / 16, 3 / 16, 25 / 32
 
 
 def unserved(q, k, v, *, positions, kv_positions, bias, dropout, **_) -> str | None:
     """The argument that these kernels cannot serve, or None; arguments as of ``attention``."""
+    vmem = tuning.chip().vmem
     width = sum(-(-x.shape[-1] // LANES) * LANES for x in (k, v))
     refused = {
         "positions": positions is not None,
@@ -49,9 +34,9 @@ def unserved(q, k, v, *, positions, kv_positions, bias, dropout, **_) -> str | N
         "bias (of so large a max_distance, of so many heads of a group)": _bias_bytes(
             bias, q.shape[2] // k.shape[2]
         )
-        > MOST_BIAS_BYTES,
+        > OF_BIAS * vmem,
         "dtype": q.dtype not in (jnp.float32, jnp.bfloat16) or {k.dtype, v.dtype} != {q.dtype},
-        "length of keys": k.shape[1] * width * (4 + 2 * k.dtype.itemsize) > MOST_GRADIENT_BYTES,
+        "length of keys": k.shape[1] * width * (4 + 2 * k.dtype.itemsize) > OF_GRADIENTS * vmem,
         "width of heads": max(q.shape[-1], v.shape[-1]) > 256,
     }
     return next((name for name, is_refused in refused.items() if is_refused), None)
@@ -73,11 +58,11 @@ def attention(
     softcap=None,
     scale,
     dropout=None,
-    sizes: Sizes = DEFAULT_SIZES,
+    sizes: Sizes | None = None,
     interpret: object = False,
 ) -> jax.Array:
-    """As ``kernels.attention.attention``, with ``scale`` given. ``interpret``: as ``pallas_call``
-    takes it, to run where there is no TPU.
+    """As ``kernels.attention.attention``, with ``scale`` given. ``sizes``: None for those that won
+    on the chip. ``interpret``: as ``pallas_call`` takes it, to run where there is no TPU.
 
     Raises NotImplementedError for what ``unserved`` names.
     """
@@ -87,6 +72,8 @@ def attention(
     if refused is not None:
         raise NotImplementedError(f"implementation='pallas_tpu' does not serve this {refused}")
     queries, keys = q.shape[1], k.shape[1]
+    if sizes is None:
+        sizes = tuning.best_sizes(max(q.shape[-1], v.shape[-1]), bias is not None, queries)
 
     def rule(most: int) -> Rule:
         return Rule(
@@ -107,6 +94,7 @@ def attention(
         sloped=isinstance(bias, ALiBi),
         chunk=sizes.forward_chunk,
         backward_chunk=sizes.backward_chunk,
+        vmem_bytes=int(OF_KERNEL * tuning.chip().vmem),
         interpret=interpret,
     )
     back = dataclasses.replace(plan, rule=rule(sizes.backward))

@@ -36,7 +36,7 @@ class Plan:
     sloped: bool = False  # bias: beyond the tiles it goes on linearly
     chunk: int = 256  # queries at a time within a block
     backward_chunk: int = 256
-    vmem_bytes: int = 100 << 20
+    vmem_bytes: int = 100 << 20  # of which the kernel may take
     interpret: object = False
 
     @property
