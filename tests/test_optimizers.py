@@ -319,6 +319,36 @@ def test_stacked_layers_are_trained_as_layers_that_stand_alone(row):
     assert_close(unstacked(stacked), alone, 2e-6)
 
 
+ONE_OF_EACH = {type(row.optimizer): name for name, row in reversed(ROWS.items())}
+BY_ROWS = [
+    name
+    for name in ONE_OF_EACH.values()
+    if ROWS[name].optimizer.rule(TENSORS["decoder/mix/w"]).elementwise
+]
+
+
+@pytest.mark.parametrize("name", BY_ROWS)
+def test_what_is_elementwise_may_be_updated_by_blocks_of_rows(name):
+    """Each block with a key of its own, as steps do that update layers in place."""
+    path = "decoder/mix/w"
+    rule = build(ROWS[name].optimizer, {path: TENSORS[path]}).rules[path]
+    param, *grads = (jnp.asarray(flatten(draw(i))[path]) for i in range(10))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def trained(parts):
+        found = []
+        for i, start in enumerate(range(0, len(param), len(param) // parts)):
+            p, *gs = (x[start : start + len(param) // parts] for x in (param, *grads))
+            state = rule.init(p)
+            for t, g in enumerate(gs):
+                change, state = rule.update(g, state, p, jnp.int32(t), jax.random.key(i))
+                p = p + change
+            found.append(p)
+        return jnp.concatenate(found)
+
+    np.testing.assert_allclose(trained(4), trained(1), 1e-6, 1e-7)
+
+
 @rows
 @pytest.mark.smoke
 def test_solves_a_quadratic(row):
