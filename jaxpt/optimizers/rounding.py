@@ -28,6 +28,8 @@ def rounded(rule: Rule) -> Rule:
 
     Its directions are changes: p + change, in float32, is the stochastically rounded sum, so that
     whoever adds them has nothing left to round. Parameters of other types are as they were.
+    (Where changes take the place of bfloat16 gradients, in ``by_tensor`` in turn, a sum that is far
+    from its parameter may be the number next to that: its mean is the same.)
     """
 
     def update(grad, state, param, step, key):
