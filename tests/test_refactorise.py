@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_steps import host_batches, program_of
 from tiny import tiny_run
-from weight_cases import KEY, Matrices, build, matrices, trained_state
+from weight_cases import KEY, Matrices, build, matrices, run_steps, trained_state
 
 from jaxpt.config import codec
 from jaxpt.errors import ConfigError
@@ -179,10 +179,7 @@ def test_in_a_run_on_eight_devices_as_on_one_and_layer_by_layer(tmp_path):
     losses = []
     for changed in (run, eight.replace(step=LayerwiseStep())):
         program = program_of(changed)
-        state, key, found = program.init(jax.random.key(0)), jax.random.key(1), []
-        for batch in host_batches(program, run, 4):
-            state, metrics = program.train_step(state, program.put(batch), key)
-            found.append(float(metrics["loss"][0]) / float(metrics["loss"][1]))
+        found, state = run_steps(program, host_batches(program, run, 4))
         losses.append(found)
         for b in (jax.device_get(flatten(state.params))[f"decoder/layers/{w}/b"] for w in WHERE):
             gram = b @ b.swapaxes(1, 2)

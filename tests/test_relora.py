@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_steps import host_batches, program_of
 from tiny import tiny_run, with_phases
-from weight_cases import KEY, Matrices, build, matrices, trained_state
+from weight_cases import KEY, Matrices, build, matrices, run_steps, trained_state
 
 from jaxpt.config import codec
 from jaxpt.data.vocabulary import Vocabulary
@@ -93,15 +93,6 @@ def test_in_bfloat16_the_merge_rounds_and_the_rest_holds():
     assert (got != want).any()
 
 
-def train(program, batches, state=None):
-    state = program.init(jax.random.key(0)) if state is None else state
-    key, losses = jax.random.key(1), []
-    for batch in batches:
-        state, metrics = program.train_step(state, program.put(batch), key)
-        losses.append(float(metrics["loss"][0]) / float(metrics["loss"][1]))
-    return losses, state
-
-
 def test_in_a_run_resumed_on_eight_devices_and_layer_by_layer(tmp_path):
     """Restarts after updates 2 and 4 of 5, the same wherever and however the step runs."""
     weights = (("*/mlp/up", LoRA(4, 8.0)), ("*/mlp/down", LoRA(6, 6.0, "8bit")), ("*", Dense()))
@@ -115,18 +106,18 @@ def test_in_a_run_resumed_on_eight_devices_and_layer_by_layer(tmp_path):
     program = program_of(run)
     program.check()
     batches = host_batches(program, run, 5)
-    losses, last = train(program, batches)
+    losses, last = run_steps(program, batches)
     assert losses[-1] < losses[0]
     # Saved after update 3 and restored: the restart comes after update 4 all the same.
-    _, middle = train(program, batches[:3])
+    _, middle = run_steps(program, batches[:3])
     saved = jax.device_get(middle)
     assert saved.params["decoder"]["layers"]["mlp"]["up"]["b"].any()
-    resumed, state = train(program, batches[3:], jax.device_put(saved))
+    resumed, state = run_steps(program, batches[3:], jax.device_put(saved))
     assert resumed == losses[3:]
     jax.tree.map(np.testing.assert_array_equal, state, last)
     eight = dataclasses.replace(run, mesh=Mesh(data=2, fsdp=2, tensor=2))
     eight = program_of(eight.replace(step=LayerwiseStep()))
-    np.testing.assert_allclose(train(eight, batches)[0], losses, rtol=1e-5)
+    np.testing.assert_allclose(run_steps(eight, batches)[0], losses, rtol=1e-5)
 
 
 def test_after_a_full_rank_start_and_with_a_restart_at_a_phase(tmp_path):

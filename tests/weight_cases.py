@@ -9,7 +9,7 @@ from flax import nnx
 
 from jaxpt.models import stacking
 from jaxpt.models.base import ModelConfig
-from jaxpt.state import TrainState, flatten
+from jaxpt.state import TrainState, flatten, unflatten
 from jaxpt.weights import Constant, Dense, FanIn
 from jaxpt.weights.base import Rules
 
@@ -79,6 +79,33 @@ def trained_state(model, optimizer, count: int, seed: int = 1) -> TrainState:
     states = jax.eval_shape(optimizer.init, params)
     states = jax.tree.map(lambda x: drawn(x, 0.1), states)
     return TrainState(jnp.int32(count + 7), params, states._replace(count=jnp.int32(count)), {})
+
+
+def first_state(program, seed: int = 0) -> TrainState:
+    """A state that a phase may begin with, on the program's devices; drawn in numpy, which takes
+    none of the seconds that ``program.init`` compiles for."""
+    rng = np.random.default_rng(seed)
+
+    def value(tensor):
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            return rng.integers(1, 4, tensor.shape).astype(tensor.dtype)
+        plain = 1.0 if tensor.weight == "norm" else 0.01 if tensor.weight == "frozen" else 0.0
+        return (plain + tensor.std * rng.normal(size=tensor.shape)).astype(tensor.dtype)
+
+    state = program.abstract
+    params = {path: value(tensor) for path, tensor in program.model.tensors.items()}
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
+    state = dataclasses.replace(zeros, params=unflatten(params))
+    return jax.device_put(state, jax.tree.map(lambda x: x.sharding, program.abstract))
+
+
+def run_steps(program, batches, state=None):
+    """(losses, state) after a step on each batch."""
+    state, key, losses = first_state(program) if state is None else state, jax.random.key(1), []
+    for batch in batches:
+        state, metrics = program.train_step(state, program.put(batch), key)
+        losses.append(float(metrics["loss"][0]) / float(metrics["loss"][1]))
+    return losses, state
 
 
 def matrices(model, params) -> dict[str, np.ndarray]:
