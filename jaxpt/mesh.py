@@ -92,7 +92,7 @@ class Layout:
         by platform is chosen for its devices."""
         token = _ACTIVE.set(self)
         try:
-            with compiling_for(self.mesh.devices.flat[0]):
+            with compiling_for(self.mesh.devices.flat[0], self.mesh.size):
                 yield self
         finally:
             _ACTIVE.reset(token)

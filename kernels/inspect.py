@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from kernels import benchmark, tpu_program
+from kernels.platform import compiling_for
 from kernels.tpu_program import Operation
 from kernels.tpu_schedule import is_matmul
 
@@ -110,7 +111,8 @@ def compile_into(folder: Path, subjects: Sequence[Subject], chip: Chip) -> None:
         into = folder / str(n)
         into.mkdir()
         try:
-            traced = jax.jit(subject.function).trace(*subject.arguments(make))
+            with compiling_for(topology.devices[0]):
+                traced = jax.jit(subject.function).trace(*subject.arguments(make))
             compiled = traced.lower(lowering_platforms=("tpu",)).compile()
             memory: Any = compiled.memory_analysis()
             result = {"temporary": memory.temp_size_in_bytes}

@@ -10,20 +10,35 @@ from typing import Any
 
 import jax
 
-_target: contextvars.ContextVar[Any] = contextvars.ContextVar("kernels_target", default=None)
+# (device, how many of them)
+_target: contextvars.ContextVar[tuple[Any, int] | None] = contextvars.ContextVar(
+    "kernels_target", default=None
+)
 
 
 def platform() -> str:
     """One of cpu, gpu and tpu."""
-    device = _target.get()
-    return jax.default_backend() if device is None else device.platform
+    target = _target.get()
+    return jax.default_backend() if target is None else target[0].platform
+
+
+def device() -> Any:
+    """One of the devices, as JAX describes it."""
+    target = _target.get()
+    return jax.devices()[0] if target is None else target[0]
+
+
+def devices() -> int:
+    """How many devices the program is for."""
+    target = _target.get()
+    return jax.device_count() if target is None else target[1]
 
 
 @contextlib.contextmanager
-def compiling_for(device: Any) -> Iterator[None]:
-    """While a program is traced that this ``jax.Device`` will run, one of a described topology
-    too."""
-    token = _target.set(device)
+def compiling_for(device: Any, devices: int = 1) -> Iterator[None]:
+    """While a program is traced that so many of this ``jax.Device`` will run, one of a described
+    topology too."""
+    token = _target.set((device, devices))
     try:
         yield
     finally:

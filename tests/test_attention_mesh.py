@@ -1,5 +1,7 @@
 """Models whose attention is cut over a mesh: as on one device, and by the kernels."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from model_cases import POSITIONS, VOCAB, derive, drawn, make_batch
 from jaxpt.mesh import Mesh, single
 from jaxpt.models import Attention
 from kernels.attention import api
+from kernels.platform import compiling_for
 
 CASES = {  # name -> (config, mesh)
     "t5": (
@@ -48,8 +51,9 @@ def test_as_on_one_device(case, monkeypatch):
 
 @pytest.mark.parametrize("backend", ["tpu", "gpu"])
 def test_kernels_are_used_over_a_mesh(backend, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(api, "_capability", lambda: (9, 0))
+    device = types.SimpleNamespace(
+        platform=backend, device_kind="TPU v5 lite", compute_capability="9.0"
+    )
     chosen = []
     for name in api.IMPLEMENTATIONS:
         monkeypatch.setitem(
@@ -62,7 +66,7 @@ def test_kernels_are_used_over_a_mesh(backend, monkeypatch):
         dtype="bfloat16",
     ).build(VOCAB)
     batch = make_batch(256, 256, rows=4)
-    with Mesh(data=4, tensor=2).build().active():
+    with Mesh(data=4, tensor=2).build().active(), compiling_for(device, 8):
         params = jax.eval_shape(model.init, jax.random.key(0))
         jax.eval_shape(lambda p: model.bind(p)(batch), params)
     assert {name for name, _ in chosen} == {f"pallas_{backend}"}

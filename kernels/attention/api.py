@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from kernels.attention import cudnn, gpu, reference, tpu, xla
 from kernels.attention.bias import ALiBi, RelativeBias, materialize
+from kernels.platform import device, devices, platform
 
 IMPLEMENTATIONS = {
     "reference": reference.attention,
@@ -124,7 +125,7 @@ def shared_bias(
 
 def _fastest(q, k, v, arguments) -> str:
     """The implementation for the default backend and these arguments."""
-    backend, best = jax.default_backend(), _kernel()
+    backend, best = platform(), _kernel()
     if backend == "gpu" and _capability() >= (8, 0) and not cudnn.unserved(q, k, v, **arguments):
         return _chosen("cudnn", f"the backend is {backend}")
     if best is None:
@@ -142,7 +143,7 @@ def _fastest(q, k, v, arguments) -> str:
 def _kernel() -> str | None:
     """Our kernel for the default backend: of GPUs, those that it was compiled for (Ampere, Ada,
     Hopper)."""
-    backend = jax.default_backend()
+    backend = platform()
     if backend == "gpu":
         return "pallas_gpu" if (8, 0) <= _capability() < (10, 0) else None
     return "pallas_tpu" if backend == "tpu" else None
@@ -151,13 +152,12 @@ def _kernel() -> str | None:
 def _on_one_device() -> bool:
     """Whether what is traced runs on one device: there is no other, or this is a shard_map. XLA
     cannot cut a kernel over several."""
-    return jax.device_count() == 1 or jax.sharding.get_abstract_mesh().are_all_axes_manual
+    return devices() == 1 or jax.sharding.get_abstract_mesh().are_all_axes_manual
 
 
-@functools.cache
 def _capability() -> tuple[int, ...]:
     """CUDA's compute capability of the GPUs here; (0,) of AMD's, where there is no cuDNN."""
-    capability = str(getattr(jax.devices("gpu")[0], "compute_capability", "0"))
+    capability = str(getattr(device(), "compute_capability", "0"))
     return tuple(int(x) for x in capability.split(".") if x.isdigit()) or (0,)
 
 

@@ -33,19 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def subjects(args: argparse.Namespace) -> list[Subject]:
     case = cases.case_of(args)
     found = []
-
-    def aimed(function):
-        def run(*arguments):
-            with tuning.aiming_at(args.target):
-                return function(*arguments)
-
-        return run
-
     for name in args.by:
         implementation = PEERS["tpu"].get(name) or cases.ours(name)
         if name == OURS and args.blocks:
             implementation = functools.partial(with_sizes, tuning.Sizes(*args.blocks))
-        function = aimed(case.function(implementation))
+        function = case.function(implementation)
         found.append(Subject(name, function, case.arguments, case.flops(), case.bytes()))
     return found
 

@@ -3,14 +3,10 @@ work. The blocks are those that won in ``tuned.py``, by the compiler's schedule.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import dataclasses
-from collections.abc import Iterator
-
-import jax
 
 from kernels.attention import tuned
+from kernels.platform import device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,25 +36,11 @@ CHIPS = (
     Chip("v4", ("TPU v4",), 16 << 20),
     Chip("7x", ("TPU7x",), 64 << 20),
 )
-_aim: contextvars.ContextVar[Chip | None] = contextvars.ContextVar("aim", default=None)
-
-
-@contextlib.contextmanager
-def aiming_at(name: str) -> Iterator[None]:
-    """While a program is traced for a chip that is not there, e.g. "v5p"."""
-    token = _aim.set(next(chip for chip in CHIPS if chip.name == name))
-    try:
-        yield
-    finally:
-        _aim.reset(token)
 
 
 def chip() -> Chip:
-    """The chip that is traced for: that of ``aiming_at``, or the one that is here, or v5e."""
-    aim = _aim.get()
-    if aim is not None or jax.default_backend() != "tpu":
-        return aim or CHIPS[0]
-    kind = jax.devices()[0].device_kind
+    """The chip that the program is for; v5e where that is none of ``CHIPS``."""
+    kind = getattr(device(), "device_kind", None)
     return next((chip for chip in CHIPS if kind in chip.kinds), CHIPS[0])
 
 
