@@ -472,10 +472,8 @@ def test_every_optimizer_has_a_row():
 
     public = {c for c in vars(package).values() if inspect.isclass(c) and issubclass(c, Optimizer)}
     tested = {type(row.optimizer) for row in ROWS.values()}
-    tested |= {
-        type(config)
-        for config in importlib.import_module("test_projected_optimizers").ROWS.values()
-    }
+    for module in ("test_projected_optimizers", "test_loro", "test_grass"):
+        tested |= {type(config) for config in importlib.import_module(module).ROWS.values()}
     assert public - {Optimizer} == tested
 
 

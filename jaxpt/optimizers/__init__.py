@@ -6,7 +6,9 @@ from jaxpt.optimizers.apollo import APOLLO
 from jaxpt.optimizers.base import Group, Optimizer
 from jaxpt.optimizers.fira import Fira
 from jaxpt.optimizers.galore import GaLore
+from jaxpt.optimizers.grass import Grass
 from jaxpt.optimizers.lion import Lion
+from jaxpt.optimizers.loro import LORO
 from jaxpt.optimizers.muon import Muon
 from jaxpt.optimizers.schedules import (
     Constant,
@@ -23,6 +25,7 @@ from jaxpt.optimizers.stable_spam import StableSPAM
 
 __all__ = [
     "APOLLO",
+    "LORO",
     "SGD",
     "SPAM",
     "Adafactor",
@@ -31,6 +34,7 @@ __all__ = [
     "Cosine",
     "Fira",
     "GaLore",
+    "Grass",
     "Group",
     "Linear",
     "Lion",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 from typing import Any, Literal, get_args
 
 import jax
@@ -41,7 +41,7 @@ StateType = Literal["float32", "bfloat16"]
 Held = Literal["float32", "bfloat16", "8bit"]
 # (parameters, updates made so far, paths -> their gradients by path) -> parameters; the gradients
 # are those of the total loss of the batch that the step is about to be made on.
-Gradients = Callable[[Container[str]], dict[str, jax.Array]]
+Gradients = Callable[[Collection[str]], dict[str, jax.Array]]
 Before = Callable[[Params, jax.Array, Gradients], Params]
 Rounding = Literal["nearest", "stochastic"]
 

@@ -5,6 +5,7 @@ from jaxpt.weights.dense import Dense
 from jaxpt.weights.init import Constant, FanIn, FanInUniform, Init, Normal, XavierUniform
 from jaxpt.weights.lora import LoRA
 from jaxpt.weights.low_rank import LowRank
+from jaxpt.weights.rows import Rows
 from jaxpt.weights.sparse_low_rank import SparsePlusLowRank
 from jaxpt.weights.support import Grouped, Support, Uniform
 
@@ -18,6 +19,7 @@ __all__ = [
     "LoRA",
     "LowRank",
     "Normal",
+    "Rows",
     "SparsePlusLowRank",
     "Support",
     "Uniform",
