@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib  # pyright: ignore[reportMissingImports]  (an extra)
 import numpy as np
 
 from experiments.verdicts import interval

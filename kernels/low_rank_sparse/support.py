@@ -37,7 +37,8 @@ def spread(
 def plus(matrix: jax.Array, values: jax.Array, indices: jax.Array, group: int | None) -> jax.Array:
     """A matrix [d_in, d_out] with the values, in its dtype, added at their places."""
     if group is not None:
-        return matrix + spread(values, indices, *matrix.shape, group)
+        d_in, d_out = matrix.shape
+        return matrix + spread(values, indices, d_in, d_out, group)
     flat = matrix.reshape(-1).at[indices]
     made = flat.add(values, unique_indices=True, indices_are_sorted=True)
     return made.reshape(matrix.shape)
