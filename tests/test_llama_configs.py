@@ -6,6 +6,7 @@ That each loads and survives JSON is in test_configs.py.
 import dataclasses
 import pathlib
 import re
+from typing import Any
 
 import pytest
 from test_configs import CONFIGS, VOCABULARY
@@ -20,7 +21,7 @@ from jaxpt.run import check, load
 from jaxpt.weights import Uniform
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs"
-LLAMA = load_module(FOLDER / "_llama.py")
+LLAMA: Any = load_module(FOLDER / "_llama.py")
 METHODS = (
     *("full", "low_rank", "sltrain", "relora", "loro"),
     *("galore", "fira", "apollo", "apollo_mini", "spam", "stable_spam"),
@@ -75,7 +76,7 @@ def test_there_is_a_file_of_every_size_and_method():
 @pytest.mark.parametrize("size", SIZES)
 def test_what_all_have_in_common(method, size):
     """Tokens of Zhao et al. 2024, table 2 and section 5.3; and what the authors' trainer does."""
-    run = check(getattr(LLAMA, method)(size))
+    run: Any = check(getattr(LLAMA, method)(size))
     steps = sum(phase.total_steps for phase in run.phases)
     assert steps * 512 * 256 / 1e9 == pytest.approx(BILLIONS[size], rel=0.02)
     for phase in run.phases:
