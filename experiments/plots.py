@@ -13,7 +13,7 @@ from experiments.verdicts import interval
 from jaxpt.files import number, write_atomic
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib import pyplot as plt  # pyright: ignore[reportMissingImports]
 
 SMOOTH = 0.05  # of the curve: share of its points that a moving mean is taken over
 
