@@ -34,6 +34,12 @@ def devices() -> int:
     return jax.device_count() if target is None else target[1]
 
 
+def on_one_device() -> bool:
+    """Whether what is traced runs on one device: there is no other, or this is a shard_map. XLA
+    cannot cut a kernel over several."""
+    return devices() == 1 or jax.sharding.get_abstract_mesh().are_all_axes_manual
+
+
 @contextlib.contextmanager
 def compiling_for(device: Any, devices: int = 1) -> Iterator[None]:
     """While a program is traced that so many of this ``jax.Device`` will run, one of a described

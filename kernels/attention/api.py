@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from kernels.attention import cudnn, gpu, reference, tpu, xla
 from kernels.attention.bias import ALiBi, RelativeBias, materialize
-from kernels.platform import device, devices, platform
+from kernels.platform import device, on_one_device, platform
 
 IMPLEMENTATIONS = {
     "reference": reference.attention,
@@ -116,7 +116,7 @@ def shared_bias(
     that the layers share its computation, and their gradients are added up before they go to the
     table. For rows of default positions. ``sharded``: the layers call ``sharded_attention``.
     """
-    inside = queries >= LEAST_QUERIES and (sharded or _on_one_device())
+    inside = queries >= LEAST_QUERIES and (sharded or on_one_device())
     implementation = implementation or (_kernel() if inside else None) or "xla"
     if bias is None or implementation not in ("xla", "reference"):
         return bias
@@ -133,7 +133,7 @@ def _fastest(q, k, v, arguments) -> str:
     refused = (gpu if best == "pallas_gpu" else tpu).unserved(q, k, v, **arguments)
     if q.shape[1] < LEAST_QUERIES:
         refused = f"length, of less than {LEAST_QUERIES}"
-    if not _on_one_device():
+    if not on_one_device():
         refused = "mesh: call sharded_attention"
     if refused is not None:
         return _chosen("xla", f"{best} does not serve this {refused}")
@@ -147,12 +147,6 @@ def _kernel() -> str | None:
     if backend == "gpu":
         return "pallas_gpu" if (8, 0) <= _capability() < (10, 0) else None
     return "pallas_tpu" if backend == "tpu" else None
-
-
-def _on_one_device() -> bool:
-    """Whether what is traced runs on one device: there is no other, or this is a shard_map. XLA
-    cannot cut a kernel over several."""
-    return devices() == 1 or jax.sharding.get_abstract_mesh().are_all_axes_manual
 
 
 def _capability() -> tuple[int, ...]:
