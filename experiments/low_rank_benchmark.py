@@ -32,7 +32,7 @@ from jaxpt.models.mlp import MLP
 from jaxpt.models.presets import llama_60m
 from jaxpt.monitor import Monitor
 from jaxpt.objectives import CausalLM
-from jaxpt.optimizers import APOLLO, SPAM, AdamW, Cosine, Fira, GaLore, Restarts
+from jaxpt.optimizers import APOLLO, LORO, SPAM, AdamW, Cosine, Fira, GaLore, Grass, Restarts
 from jaxpt.run import Phase, Run
 from jaxpt.weights import Dense, Grouped, LoRA, LowRank, SparsePlusLowRank, Uniform, Weight
 
@@ -89,6 +89,7 @@ def relora() -> dict[str, Any]:
     }
 
 
+LORO_OFTEN = LORO(schedule=SCHEDULE, clip=1.0, period=PERIOD)
 # Moments for a quarter of the entries, as in the paper; resets as rare as 500 steps in 2,000 are.
 SPAM_QUARTER = SPAM(schedule=SCHEDULE, clip=1.0, density=0.25, period=100, warmup=30)
 
@@ -101,6 +102,8 @@ ARMS = (
     Arm("galore", optimizer(GaLore), PROJECTED),
     Arm("fira", optimizer(Fira), PROJECTED),
     Arm("apollo", optimizer(APOLLO), PROJECTED),
+    Arm("grass", optimizer(Grass), PROJECTED),
+    Arm("loro", weights(LowRank(RANK)) | {"optimizer": LORO_OFTEN}, PLAIN),
     Arm("spam", {"optimizer": SPAM_QUARTER}, PLAIN),
 )
 

@@ -52,7 +52,7 @@ def report(results: dict[str, Any], plots: Sequence[str]) -> str:
         *(f"![{Path(plot).stem}]({plot})" for plot in plots or ()),
         *([] if plots else [MISSING]),
         "## How",
-        f"`{results['command']}`, {results['date']}, commit {results['commit']}, "
+        f"`{results['command']}`, {results['date']}, commit {' and '.join(results['commits'])}, "
         f"{results['device']}, {', '.join(f'{k} {v}' for k, v in results['versions'].items())}.",
         *_how_timed(results),
         "Arms, as changes of one base:",

@@ -247,6 +247,8 @@ class Session:
             "relations": _lines(verdict.lines),
             "also": _lines(verdict.also),
             **stamp(),
+            "commits": sorted({str(run["commit"]) for run in runs}),
+            "date": max((run["date"] for run in runs), default=None),
         }
 
     def time(self, rounds: int, seconds: float) -> dict[str, Any]:
@@ -317,7 +319,8 @@ def main(study: Study, argv: Sequence[str] | None = None) -> int:
         timing = session.time(options.rounds, options.round_seconds)
     elif not options.report_only:
         session.go(options.arms)
-    command = shlex.join(["python", "-m", f"experiments.{study.name}", *argv])
+    label = [] if options.size == "full" else [f"--{options.size}"]
+    command = shlex.join(["python", "-m", f"experiments.{study.name}", *label])
     results = session.results() | {"timing": timing, "command": command}
     write_json(folder / "results.json", results)
     reports.write(folder, results)

@@ -128,7 +128,11 @@ def trained(monkeypatch):
         phase = result.run.phases[0]
         loss = 2 + abs(math.log10(phase.optimizer.lr) + 3) + 0.1 * result.run.seed
         costs = dict.fromkeys(("parameters", "training_bytes", "program_bytes"), 1000)
-        more = {"tokens": 384, "flops": 1e9, "seconds": 1.0, "curve": [], "validation": []}
+        stamp = {
+            "commit": f"commit{result.run.seed}",
+            "date": f"2026-11-0{1 + result.run.seed % 9}",
+        }
+        more = stamp | {"tokens": 384, "flops": 1e9, "seconds": 1.0, "curve": [], "validation": []}
         return {"loss": loss, "losses": {}, "steps": phase.steps, **costs, **more}
 
     monkeypatch.setattr(study, "use_compilation_cache", lambda: None)
@@ -170,6 +174,7 @@ def test_a_study_runs_resumes_and_reports(small, tmp_path, capsys, trained):
         "| lion | 0.001 | 2.050 ± 0.635 | +0.000 ± 0.000 |",
         "- `adam`: 0.001: 102.000, 0.01: 103.000; taken: 0.001 (at the edge of the grid)",
         "- `lion`: `optimizer` = `Lion()`",
+        "`python -m experiments.small --quick`, 2026-11-02, commit commit0 and commit1, ",
     ):
         assert words in page
 
