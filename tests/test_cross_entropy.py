@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import math
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kernels.cross_entropy import cross_entropy, pick_chunk, tpu
+from kernels.platform import compiling_for
 
 B, T, D, V = 4, 10, 16, 24
 NAMES = ("x", "w", "bias", "weights")
@@ -304,6 +306,7 @@ def test_tokens_of_a_chunk():
     assert sizes.most_tokens(2048, 32000, jnp.bfloat16) == 1024
     assert sizes.chunk(4, 1024, 2048, 32000, jnp.bfloat16) == 256
     assert sizes.chunk(3, 1024, 2048, 32000, jnp.bfloat16) == 256  # 768 tokens
+    assert sizes.chunk(1, 1100, 2048, 32000, jnp.bfloat16) == 640  # two of 550, in whole tiles
     assert sizes.chunk(1, 100, 2048, 32000, jnp.bfloat16) == 100
     assert sizes.block(32128) == 256
     assert sizes.block(2**18) == 2048
@@ -322,6 +325,25 @@ def gradients_by_kernel(x, w, targets, weights):
         return cross_entropy(x, w, targets, weights, **options).total
 
     return jax.value_and_grad(total, (0, 1))(x, w)
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "dtype", "devices", "kernel"),
+    [
+        ("TPU v5 lite", 2048, jnp.bfloat16, 1, True),
+        ("TPU v5 lite", 2048, jnp.bfloat16, 4, False),
+        ("TPU v5 lite", 2048, jnp.float32, 1, False),
+        ("TPU v5 lite", 4096, jnp.bfloat16, 1, False),  # too few tokens fit
+        ("TPU v6 lite", 2048, jnp.bfloat16, 1, False),
+    ],
+)
+def test_choice(kind, width, dtype, devices, kernel):
+    chip = types.SimpleNamespace(device_kind=kind, platform="tpu")
+    x, w, targets, weights = head(4, 256, width, 32000)
+    x, w = (jax.ShapeDtypeStruct(a.shape, dtype) for a in (x, w))
+    with compiling_for(chip, devices):
+        jaxpr = jax.make_jaxpr(lambda *a: cross_entropy(*a).total)(x, w, targets, weights)
+    assert ("pallas_call" in str(jaxpr)) == kernel
 
 
 def test_kernel_lowers_for_tpus_without_one():
@@ -349,11 +371,9 @@ def test_kernel_compiles_for_tpus(target, shape, monkeypatch):
     from jax.sharding import SingleDeviceSharding
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name=target)
-    kind = topology.devices[0].device_kind
-    sizes_for = tpu.sizes_for
-    monkeypatch.setattr(tpu, "sizes_for", lambda _: sizes_for(kind))
     arguments = head(*shape, SingleDeviceSharding(topology.devices[0]))
-    traced = jax.jit(gradients_by_kernel).trace(*arguments)
+    with compiling_for(topology.devices[0]):
+        traced = jax.jit(gradients_by_kernel).trace(*arguments)
     compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     batch, length, width, vocabulary = shape
     sums = 4 * width * vocabulary  # dW in float32

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Literal, get_args
 
 import jax
 
 from kernels.cross_entropy import reference, tpu, xla
 from kernels.cross_entropy.base import CrossEntropy, Options
+from kernels.platform import device, on_one_device, platform
 from kernels.platform import platform as backend
 
 Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_tpu_interpret"]
@@ -71,12 +74,12 @@ def cross_entropy(
       bias: float [V] or None, added to the logits.
       z_loss, label_smoothing, softcap, logit_scale: see above.
       vocabulary: how many of the V columns are ids (None: all); the rest have no probability.
-      chunk: positions of every row to do at once; None: as ``pick_chunk`` says for one device, or
-        as many as the kernel can keep.
+      chunk: positions of every row to do at once; None: as ``pick_chunk`` says for one device. The
+        kernel does no more of them than it can keep.
       row_shards: devices over which B is cut: dW is summed over them once, not once a chunk.
       implementation: "xla" (chunked), "pallas_tpu" (on one device, or within a shard_map),
         "pallas_tpu_interpret" (the same without a TPU, to test), "reference" (all logits at once;
-        any dtype), or None for "xla".
+        any dtype), or None: the kernel where it pays (see ``tpu.pays``), else XLA.
 
     Returns:
       CrossEntropy, a tuple. Gradients of ``total`` flow to x, W, bias and weights; those of W and
@@ -98,19 +101,31 @@ def cross_entropy(
     (B, T, D), V = x_BTD.shape, w_DV.shape[1]
     if row_shards < 1 or B % row_shards:
         raise ValueError(f"row_shards={row_shards} does not divide the batch, {B}")
-    step = None
-    if implementation in ("pallas_tpu", "pallas_tpu_interpret"):
-        sizes = tpu.sizes_for(jax.devices()[0].device_kind)
-        refused = tpu.unserved(x_BTD, w_DV, options, row_shards, sizes)
-        if refused is not None:
-            raise NotImplementedError(f"{implementation=} does not serve this {refused}")
-        step = tpu.step(sizes, implementation == "pallas_tpu_interpret")
-        if chunk is None:
-            chunk = sizes.chunk(B, T, D, V, x_BTD.dtype)
-    if chunk is None:
-        chunk = pick_chunk(B, T, V)
-    elif chunk < 1:
+    if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk} is not valid; give at least 1, or None")
+    kind = getattr(device(), "device_kind", "")
+    sizes = tpu.sizes_for(kind)
+    refused = tpu.unserved(x_BTD, w_DV, options, row_shards, sizes)
+    chosen: str | None = implementation
+    if chosen is None:
+        good = refused is None and on_one_device() and tpu.pays(x_BTD, w_DV, sizes, kind)
+        chosen = _chosen("pallas_tpu" if good and platform() == "tpu" else "xla", kind)
+    if chosen == "xla":
+        chunk, step = chunk or pick_chunk(B, T, V), None
+    elif refused is not None:
+        raise NotImplementedError(f"implementation={chosen!r} does not serve this {refused}")
+    else:
+        step = tpu.step(sizes, chosen == "pallas_tpu_interpret")
+        chunk = min(chunk or T, sizes.chunk(B, T, D, V, x_BTD.dtype))
     return xla.cross_entropy(
         x_BTD, w_DV, bias, targets_BT, weights_BT, options, chunk, row_shards, step
     )
+
+
+@functools.cache
+def _chosen(implementation: str, kind: str) -> str:
+    """Logs each choice once."""
+    logging.getLogger("kernels.cross_entropy").info(
+        "cross-entropy by %s on %s", implementation, kind
+    )
+    return implementation

@@ -27,6 +27,12 @@ LANES = 128
 MASKED = -1e30  # of a logit: finite, so that differences are
 NN = (((1,), (0,)), ((), ()))
 NT = (((1,), (1,)), ((), ()))
+V5E = ("TPU v5 lite", "TPU v5e")  # what JAX calls them
+V6E = ("TPU v6 lite", "TPU v6e")
+# Of a chunk: below them dW comes and goes slower than a v5e multiplies (2.5 x 197 TFLOP/s over
+# 819 GB/s is 601 tokens); and less width than was tried.
+LEAST_TOKENS = 768
+LEAST_WIDTH = 2048
 # Above it an exponential that was kept may be zero where the cap's slope is not.
 MOST_SOFTCAP = 40.0
 
@@ -57,19 +63,29 @@ class Sizes:
         return max(0, self.vmem_bytes - fixed) // token // LANES * LANES
 
     def chunk(self, batch: int, length: int, width: int, vocabulary: int, dtype) -> int:
-        """Positions of a row to do at once: the most whose tokens fit, in whole tiles of 128 tokens
-        where that is possible."""
-        positions = self.most_tokens(width, vocabulary, dtype) // batch
+        """Positions of a row to do at once: equal chunks, as few as fit, in whole tiles of 128
+        tokens where that is possible."""
+        most = max(1, self.most_tokens(width, vocabulary, dtype) // batch)
+        even = -(-length // -(-length // most))
         tile = LANES // math.gcd(LANES, batch)
-        if positions >= length:
-            return length
-        return max(1, positions // tile * tile or positions)
+        whole = -(-even // tile) * tile
+        return min(whole, length) if whole <= most else even
 
 
 def sizes_for(kind: str) -> Sizes:
-    """Sizes for a device kind. Those with 128 MiB of VMEM may take more of it than any TPU has."""
-    large = ("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e")
-    return Sizes(vmem_bytes=110 << 20) if kind in large else Sizes()
+    """Sizes for a device kind. Those with 128 MiB of VMEM may take more of it than others have."""
+    return Sizes(vmem_bytes=110 << 20) if kind in (*V5E, *V6E) else Sizes()
+
+
+def pays(x_BTD, w_DV, sizes: Sizes, kind: str) -> bool:
+    """Whether the kernel beats the chunked XLA program, as far as can be told without a chip.
+
+    FIGURES
+    """
+    batch, length, width = x_BTD.shape
+    chunk = sizes.chunk(batch, length, width, w_DV.shape[1], x_BTD.dtype)
+    fitting = width >= LEAST_WIDTH and batch * chunk >= LEAST_TOKENS
+    return kind in V5E and x_BTD.dtype == jnp.bfloat16 and fitting
 
 
 def unserved(x_BTD, w_DV, options: Options, row_shards: int, sizes: Sizes) -> str | None:
