@@ -44,7 +44,7 @@ class LORO(Optimizer):
 
     period: int = 500  # steps from one exact step to the next
     adam: bool = True  # Adam's directions in the place of the factors' gradients
-    reset: bool = True  # whether the factors' moments begin anew after an exact step
+    reset: bool = True  # whether all moments begin anew after an exact step, as in their runs
     b1: float = 0.9  # decay of the first moment
     b2: float = 0.999  # decay of the second moment
     eps: float = 1e-8  # added to the root of the second moment
@@ -58,11 +58,19 @@ class LORO(Optimizer):
             raise ConfigError("eps", f"{self.eps} is not valid; give a number > 0")
 
     def rule(self, tensor: Tensor) -> Rule:
-        return self._adam
+        return Rule(self._adam.init, self._direction, elementwise=True)
 
     @property
     def _adam(self) -> Rule:
         return of_optax(optax.scale_by_adam(self.b1, self.b2, self.eps))
+
+    def _direction(self, grad, state, param, count, key):
+        """(Adam's direction, state) of one array."""
+        if self.reset:
+            begins = count % self.period == 0
+            state = jax.tree.map(lambda s: jnp.where(begins, 0, s), state)
+            count = count % self.period
+        return self._adam.update(grad, state, param, count, key)
 
     def joint(self, tensors, rate):
         if {t.weight for t in tensors.values()} != {"LowRank"} or tensors.keys() != {"a", "b"}:
@@ -72,25 +80,16 @@ class LORO(Optimizer):
             return {name: self._adam.init(p) if self.adam else None for name, p in params.items()}
 
         def update(grads: Pair, states, params: Pair, count, key):
-            directions, states = self._directions(grads, states, params, count, key)
+            if self.adam:
+                found = {
+                    n: self._direction(grads[n], states[n], params[n], count, key) for n in grads
+                }
+                grads, states = ({n: pair[i] for n, pair in found.items()} for i in range(2))
             eta = rate(count).astype(params["a"].dtype)
             exactly = (count + 1) % self.period == 0
-            return jax.lax.cond(exactly, exact, approximate, params, directions, eta), states
+            return jax.lax.cond(exactly, exact, approximate, params, grads, eta), states
 
         return Rule(init, update)
-
-    def _directions(self, grads: Pair, states, params: Pair, count, key):
-        if not self.adam:
-            return grads, states
-        if self.reset:
-            begins = count % self.period == 0
-            states = jax.tree.map(lambda s: jnp.where(begins, 0, s), states)
-            count = count % self.period
-        found = {
-            name: self._adam.update(g, states[name], params[name], count, key)
-            for name, g in grads.items()
-        }
-        return {name: d for name, (d, _) in found.items()}, {n: s for n, (_, s) in found.items()}
 
 
 def approximate(params: Pair, grads: Pair, eta: jax.Array) -> Pair:
