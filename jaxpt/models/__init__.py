@@ -3,6 +3,7 @@
 from jaxpt.models.attention import Attention
 from jaxpt.models.base import ModelConfig
 from jaxpt.models.cache import Cache
+from jaxpt.models.distilled import Distilled
 from jaxpt.models.electra import Discriminator, Electra
 from jaxpt.models.mlp import MLP
 from jaxpt.models.model import Model, Network
@@ -16,6 +17,7 @@ __all__ = [
     "Attention",
     "Cache",
     "Discriminator",
+    "Distilled",
     "Electra",
     "LayerNorm",
     "Learned",

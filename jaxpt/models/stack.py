@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxpt.errors import ConfigError
 from jaxpt.mesh import constrain
 from jaxpt.models import stacking
 from jaxpt.models.attention import AttentionModule, Rule
@@ -54,6 +55,24 @@ def running(runner: Runner) -> Iterator[None]:
         yield
     finally:
         _runner.reset(token)
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[jax.Array]]:
+    """While a model is traced, its stacks (not those that decode) put the outputs of their layers
+    into the list, [L, B, T, D] each, in the order of their calls; where windows have a period,
+    those of the last layer of each."""
+    found: list[jax.Array] = []
+
+    def runner(layers, x_BTD, context, key):
+        x_BTD, outputs_LBTD = layers.outputs(x_BTD, context, key)
+        found.append(outputs_LBTD)
+        return x_BTD
+
+    if _runner.get() is not None:
+        raise ConfigError("step", "goes through the layers by itself, which are watched here")
+    with running(runner):
+        yield found
 
 
 class Layer(nnx.Module):
@@ -197,6 +216,26 @@ class Layers(nnx.Module):
 
         xs = self.by_period((stacking.split(self.layers)[1], keys, jnp.arange(self.depth)))
         return jax.lax.scan(body, (x, cache), xs)[0]
+
+    def outputs(self, x_BTD, context: Context, key) -> tuple[jax.Array, jax.Array]:
+        """x after all layers, and after each period of them, [L / period, B, T, D]."""
+        keys = None if key is None else jax.random.split(key, self.depth)
+        if not self.config.scan:
+            outputs = []
+            for i in range(self.depth):
+                template, params = stacking.split(getattr(self, f"layers_{i}"))
+                function = self._function(template, context, i, remat=True)
+                x_BTD, _ = function(params, x_BTD, None if keys is None else keys[i], None, i)
+                outputs.append(x_BTD)
+            return x_BTD, jnp.stack(outputs[self.period - 1 :: self.period])
+        period = self.unit(context, remat=True)
+
+        def body(x, xs):
+            x, _ = period(x, None, *xs)
+            return x, x
+
+        xs = self.by_period((stacking.split(self.layers)[1], keys, jnp.arange(self.depth)))
+        return jax.lax.scan(body, x_BTD, xs)
 
     @property
     def period(self) -> int:

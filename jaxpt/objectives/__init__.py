@@ -9,12 +9,14 @@ from jaxpt.objectives.fill_in_the_middle import FillInTheMiddle, Infilling
 from jaxpt.objectives.masked import MaskedLM
 from jaxpt.objectives.mixture import Mixture, Part
 from jaxpt.objectives.on_device import OnDevice
+from jaxpt.objectives.pela import PELA
 from jaxpt.objectives.prefix import PrefixLM
 from jaxpt.objectives.span_corruption import SpanCorruption
 from jaxpt.objectives.ul2 import UL2
 from jaxpt.objectives.ul2r import UL2R
 
 __all__ = [
+    "PELA",
     "UL2",
     "UL2R",
     "BlankInfilling",

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxpt.errors import ConfigError
 from jaxpt.mesh import active_layout, constrain
 from jaxpt.objectives.base import Batch, Loss
-from jaxpt.objectives.loss import token_loss
+from jaxpt.objectives.loss import Known, token_loss
 from jaxpt.objectives.masked import MaskedLM
 from kernels.cross_entropy import pick_chunk
 
@@ -82,7 +82,7 @@ class ReplacedTokens(MaskedLM):
         share = batch[PER_ROW][0] if PER_ROW in batch else _masked_per_token(batch)
         states_BTD = model.generator(batch, key=keys[0])
         masked = token_loss(
-            _Known(model.generator, states_BTD),
+            Known(model.generator, states_BTD),
             batch,
             None,
             z_loss=self.z_loss,
@@ -101,20 +101,6 @@ class ReplacedTokens(MaskedLM):
         return Loss(
             masked.total + self.weight * share * total, masked.count, metrics, masked.tokens
         )
-
-
-@dataclasses.dataclass
-class _Known:
-    """A network whose states have been computed, as ``token_loss`` takes it."""
-
-    network: Any
-    states: jax.Array
-
-    def __call__(self, batch: Batch, key: jax.Array | None = None) -> jax.Array:
-        return self.states
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.network, name)
 
 
 def _real(batch: Batch) -> jax.Array:

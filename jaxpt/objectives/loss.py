@@ -44,6 +44,20 @@ class TokenObjective(Objective):
         )
 
 
+@dataclasses.dataclass
+class Known:
+    """A network whose states have been computed, as ``token_loss`` takes it."""
+
+    network: Any
+    states: jax.Array
+
+    def __call__(self, batch: Batch, key: jax.Array | None = None) -> jax.Array:
+        return self.states
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.network, name)
+
+
 def token_loss(
     model: Any,
     batch: Batch,

@@ -150,23 +150,25 @@ class Scope:
         stack: int = 0,
         name: str | None = None,
         root: str = "",
+        frozen: bool = False,
     ):
-        self.key, self.rules, self.record = key, rules, record
+        self.key, self.rules, self.record, self.frozen = key, rules, record, frozen
         self.path, self.kind, self.stack, self.root = path, kind, stack, root
         self.name = path if name is None else name  # `path` with the layer's number left out
 
     def _at(self, **changes) -> Scope:
-        names = ("key", "rules", "record", "path", "kind", "stack", "name", "root")
+        names = ("key", "rules", "record", "path", "kind", "stack", "name", "root", "frozen")
         return Scope(**({f: getattr(self, f) for f in names} | changes))
 
     def __truediv__(self, child: str) -> Scope:
         return self._at(path=_join(self.path, child), name=_join(self.name, child))
 
-    def network(self, name: str, rules: Rules) -> Scope:
-        """The scope of a network of its own among several: its rules match paths from here on."""
+    def network(self, name: str, rules: Rules, *, frozen: bool = False) -> Scope:
+        """The scope of a network of its own among several: its rules match paths from here on.
+        All numbers of a ``frozen`` one are of that kind."""
         key = jax.random.fold_in(self.key, zlib.crc32(name.encode()))
         path = _join(self.path, name)
-        return Scope(key, rules, self.record, path, name="", root=path)
+        return Scope(key, rules, self.record, path, name="", root=path, frozen=frozen)
 
     def stacked(self, key: jax.Array, layers: int) -> Scope:
         """The scope of a layer of which ``layers`` copies are stacked; ``key`` is one copy's."""
@@ -214,7 +216,7 @@ class Scope:
             stack + shape,
             (("layers",) if stack else ()) + axes,
             init.std(fan_in, fan_out),
-            kind or self.kind,
+            FROZEN if self.frozen else kind or self.kind,
             dtype,
         )
         key = self._key(_join(self.name, key_of) if key_of else named)
