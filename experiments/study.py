@@ -133,12 +133,16 @@ class Session:
     def go(self, arms: Sequence[str] | None = None) -> None:
         """Trains what is not finished, of the named arms or of the size's: tuning first, then by
         seed, so that all arms have a seed before any has the next."""
-        arms = arms or self.size.arms
-        chosen = [arm for arm in self.study.arms if arms is None or arm.name in arms]
+        chosen = self.chosen(arms)
         for arm in chosen:
             self.value(arm)
         for seed, arm in itertools.product(self.size.seeds, chosen):
             self.one(arm, seed, self.value(arm))
+
+    def chosen(self, names: Sequence[str] | None) -> list[Arm]:
+        """The named arms, else the size's, else all."""
+        names = names or self.size.arms
+        return [arm for arm in self.study.arms if names is None or arm.name in names]
 
     def value(self, arm: Arm) -> Any:
         """The tuned field's: the one with the lowest loss of ``tried``."""
@@ -251,13 +255,13 @@ class Session:
             "date": max((run["date"] for run in runs), default=None),
         }
 
-    def time(self, rounds: int, seconds: float) -> dict[str, Any]:
-        """Tokens a second of every arm's compiled train step, all in turns; see ``interleaved``.
+    def time(self, rounds: int, seconds: float, arms: Sequence[str] | None) -> dict[str, Any]:
+        """Tokens a second of the arms' compiled train steps, all in turns; see ``interleaved``.
 
         What a method does every so many steps alone (a new subspace, a merge) is not in it.
         """
         calls, tokens = {}, {}
-        for arm in self.study.arms:
+        for arm in self.chosen(arms):
             seed = self.size.seeds[0]
             run = self.study.run(self.size, arm, seed, arm.values[0] if arm.values else None)
             calls[arm.name], tokens[arm.name] = stepper(run)
@@ -294,9 +298,9 @@ def main(study: Study, argv: Sequence[str] | None = None) -> int:
     parser.set_defaults(size="full")
     parser.add_argument("--workdir", type=Path, default=Path("runs") / study.name)
     names = [arm.name for arm in study.arms]
-    parser.add_argument("--arms", nargs="+", choices=names, help="train these alone; default: all")
+    parser.add_argument("--arms", nargs="+", choices=names, help="train or time these alone")
     parser.add_argument(
-        "--time-only", action="store_true", help="train nothing; time all arms' steps in turns"
+        "--time-only", action="store_true", help="train nothing; time the arms' steps in turns"
     )
     parser.add_argument("--rounds", type=int, default=7, help="of timing")
     parser.add_argument("--round-seconds", type=float, default=3.0, help="of an arm in a round")
@@ -316,7 +320,7 @@ def main(study: Study, argv: Sequence[str] | None = None) -> int:
     use_compilation_cache()
     timing = read_json(folder / "results.json", {}).get("timing")
     if options.time_only:
-        timing = session.time(options.rounds, options.round_seconds)
+        timing = session.time(options.rounds, options.round_seconds, options.arms)
     elif not options.report_only:
         session.go(options.arms)
     label = [] if options.size == "full" else [f"--{options.size}"]

@@ -190,8 +190,8 @@ def test_time_only_trains_nothing(small, tmp_path, monkeypatch):
     results = json.loads((tmp_path / "smoke" / "results.json").read_text())
     assert results["runs"] == []
     rates = results["timing"]["rates"]
-    assert set(rates) == {"adam", "lion"}
-    assert all(rate["tokens_per_second"] > 0 for rate in rates.values())
+    assert set(rates) == {"adam"}
+    assert 0 < rates["adam"]["low"] <= rates["adam"]["tokens_per_second"] <= rates["adam"]["high"]
     assert study.main(small, [*argv[:3], "--report-only"]) == 0  # which keeps the timing
     again = json.loads((tmp_path / "smoke" / "results.json").read_text())
     assert again["timing"] == results["timing"]
