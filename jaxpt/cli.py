@@ -12,6 +12,7 @@ import functools
 import importlib
 import os
 import sys
+import traceback
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +30,10 @@ class TrainFlags:
     workdir: str | None = None  # the run's folder; None: runs/ and the config file's name
     dry_run: bool = False  # print what would be trained, tensor by tensor, and stop
     restart: bool = False  # begin again from step 0 where the folder holds no checkpoint yet
+    # HOST:PORT of process 0, of several processes; SLURM, TPU pods and Open MPI need no flags
+    coordinator: str | None = None
+    processes: int | None = None  # how many processes train together
+    process_id: int | None = None  # which of them this is, from 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,10 +278,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return Exit.OK
     except BaseException as error:
         code = exit_code(error)
-        if code == Exit.BUG:
+        if code == Exit.BUG and not _of_several():
             raise
-        _complain(error, code)
+        if code == Exit.BUG:
+            traceback.print_exc()
+        else:
+            _complain(error, code)
+        if _of_several():  # at exit JAX would wait for the others
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
         return code
+
+
+def _of_several() -> bool:
+    """Whether this process trains together with others."""
+    distributed = sys.modules.get("jax.distributed")
+    return distributed is not None and distributed.is_initialized()
 
 
 def _dispatch(args: list[str]) -> int | None:
@@ -380,6 +398,7 @@ def _module(name: str) -> types.ModuleType:
 
 HINTS = {
     Exit.OUT_OF_MEMORY: "; lower --batch or --length, or raise --step.accumulate",
+    Exit.LOST_PROCESS: "; start all processes again to go on from the last checkpoint",
     Exit.DISK: "; free some space there, or give another --workdir",
 }
 

@@ -32,6 +32,10 @@ class DataError(ValueError):
     """Input data that cannot be read; the message names the file and, if there is one, the line."""
 
 
+class LostProcessError(RuntimeError):
+    """Another process of the run is missing or has ended; the message says which."""
+
+
 class Exit(enum.IntEnum):
     """Exit codes of the ``jaxpt`` command. A signal's is 128 + its number, as in a shell."""
 
@@ -42,6 +46,7 @@ class Exit(enum.IntEnum):
     NON_FINITE = 4  # loss or gradient is no longer a number
     OUT_OF_MEMORY = 5  # on the device or the host
     DISK = 6  # full, or not writable
+    LOST_PROCESS = 7  # another process of the run is missing or has ended
     INTERRUPTED = 128 + signal.SIGINT  # Ctrl-C; a run under way has been saved
     TERMINATED = 128 + signal.SIGTERM  # preempted; a run under way has been saved
 
@@ -52,6 +57,8 @@ def exit_code(error: BaseException) -> Exit:
         return Exit.CONFIG
     if isinstance(error, DataError):
         return Exit.DATA
+    if isinstance(error, LostProcessError):
+        return Exit.LOST_PROCESS
     if isinstance(error, FloatingPointError):
         return Exit.NON_FINITE
     # JAX's and tensorstore's errors are told by their texts: importing JAX to ask for its class

@@ -59,11 +59,11 @@ class Generator:
             )
         self.model, self.params, self.layout = model, params, layout
         self.eos, self.pad = vocabulary.eos, vocabulary.pad
-        self._sample = jax.jit(self._sample_rows, static_argnames=("sampling", "length"))
-        self._beams = jax.jit(
-            self._beam_rows, static_argnames=("beams", "returned", "alpha", "length")
-        )
-        self._predict = jax.jit(self._predict_rows)
+        # Whole on every device: each of several processes reads the result.
+        jit = functools.partial(jax.jit, out_shardings=layout.sharding(()))
+        self._sample = jit(self._sample_rows, static_argnames=("sampling", "length"))
+        self._beams = jit(self._beam_rows, static_argnames=("beams", "returned", "alpha", "length"))
+        self._predict = jit(self._predict_rows)
 
     def sample(
         self,

@@ -324,7 +324,7 @@ class MonitorSession:
         self._row_time = self._clock()
         rates = self._meter.interval()
         self._rate = rates.get("tokens_per_second", self._rate)
-        peak = (self._devices[0].memory_stats() or {}).get("peak_bytes_in_use")
+        peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
         memory = {} if peak is None else {"memory_peak": peak}
         self._write(self.step, {"phase": self._phase, **self._sums.take(), **rates, **memory})
 

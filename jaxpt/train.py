@@ -22,6 +22,7 @@ from jaxpt.data.cache import cache_folder
 from jaxpt.data.device import DeviceBatches, gathered
 from jaxpt.data.tokenizers import Tokenizer
 from jaxpt.data.vocabulary import Vocabulary
+from jaxpt.distributed import Session, Wishes, session, start
 from jaxpt.duration import Duration, as_duration
 from jaxpt.errors import Exit
 from jaxpt.evaluation import evaluate, mean_loss
@@ -82,13 +83,15 @@ class Due:
         self.seconds = duration.value if duration and duration.unit == "seconds" else None
         self.last = time.monotonic()
 
-    def __call__(self, phase_step: int) -> bool:
-        if self.steps:
-            return phase_step % self.steps == 0
-        if self.seconds and time.monotonic() - self.last >= self.seconds:
+    def by_step(self, phase_step: int) -> bool:
+        return bool(self.steps) and phase_step % self.steps == 0
+
+    def by_clock(self) -> bool:
+        """This process's clock, that is: the others' may say otherwise."""
+        due = bool(self.seconds) and time.monotonic() - self.last >= self.seconds
+        if due:
             self.last = time.monotonic()
-            return True
-        return False
+        return due
 
 
 class Trainer:
@@ -103,6 +106,7 @@ class Trainer:
         checkpoints: Checkpoints,
         monitor: MonitorSession,
         stop: StopRequest,
+        together: Session,
         progress: Progress,
         resumed: tuple[Program, TrainState] | None,
     ):
@@ -113,7 +117,7 @@ class Trainer:
             stop,
             progress,
         )
-        self.resumed = resumed
+        self.together, self.resumed = together, resumed
         self.key = jax.random.key(run.seed)
         self.results: dict[str, dict[str, float]] | None = None
         self._evaluated_at = -1
@@ -122,14 +126,14 @@ class Trainer:
         """Every phase that is left, from where the run stands."""
         program, state = self.resumed or self.begin()
         while True:
-            state = self.run_phase(program, state)
-            if self.stop or self.progress.phase + 1 == len(self.run.phases):
+            state, stopped = self.run_phase(program, state)
+            if stopped or self.progress.phase + 1 == len(self.run.phases):
                 break
             program, state = self.next_phase(program, state)
         result = Result(self.folder.path, program, state, self.progress, self.results, None)
-        if self.stop.signal:
-            self.monitor.stop(self.stop.signal.name)
-            result.stopped = self.stop.signal.name
+        if stopped:
+            result.stopped = self.stop.signal.name if self.stop.signal else "SIGTERM"
+            self.monitor.stop(result.stopped)
         else:
             self.finish(result)
         return result
@@ -147,7 +151,8 @@ class Trainer:
                 self.validations(program.index),
                 self.run.evaluate.samples,
             )
-        write_samples(self.folder.path, self.progress.step, result.samples)
+        if self.together.first:
+            write_samples(self.folder.path, self.progress.step, result.samples)
 
     def program(self, index: int, schedule_start: int = 0) -> Program:
         return Program(self.run, index, self.tokenizer.vocabulary, self.layout, schedule_start)
@@ -171,11 +176,16 @@ class Trainer:
         self.progress = Progress(index, progress.step, schedule_start=program.schedule_start)
         return program, state
 
-    def run_phase(self, program: Program, state: TrainState) -> TrainState:
-        """Trains to the end of the phase, or until a stop is asked for; saves at either."""
+    def run_phase(self, program: Program, state: TrainState) -> tuple[TrainState, bool]:
+        """Trains to the end of the phase, or until a stop is asked for; saves at either.
+
+        Returns:
+          (the state, whether a stop was asked for).
+        """
         progress, phase, monitor = self.progress, program.phase, self.monitor
-        if self.is_over(phase):
-            return state
+        asked = self.together.agree_now(self.wishes(phase))
+        if asked.over or asked.stop or self.has_its_steps(phase):
+            return state, asked.stop
         step = program.train_step
         monitor.begin(
             phase.name,
@@ -190,7 +200,7 @@ class Trainer:
         rate = LearningRate(program)
         began = time.monotonic() - progress.phase_seconds
         with program.batches(self.tokenizer, progress.data) as batches:
-            while not self.is_over(phase):
+            while not (asked.over or asked.stop):
                 with monitor.wait():
                     batch = next(batches, None)
                 if batch is None:  # the data has ended
@@ -202,20 +212,27 @@ class Trainer:
                 progress.phase_seconds = time.monotonic() - began
                 known = {"learning_rate": rate(progress.phase_step - 1), **batches.metrics()}
                 monitor.log(progress.step, metrics, known)
-                if evaluation_due(progress.phase_step):
+                asked = self.together.agree(self.wishes(phase, evaluation_due, save_due))
+                asked.over |= self.has_its_steps(phase)
+                if asked.evaluate or evaluation_due.by_step(progress.phase_step):
                     self.evaluate(program, state)
-                if self.stop:
-                    break
-                if save_due(progress.phase_step):
+                if asked.save or save_due.by_step(progress.phase_step):
                     self.save(state, batches)
+            asked = self.together.agree_now(self.wishes(phase))
         self.save(state, batches)
-        return state
+        return state, asked.stop
 
-    def is_over(self, phase: Phase) -> bool:
-        """Whether the phase has had its steps or its time."""
-        steps, seconds = self.progress.phase_step, self.progress.phase_seconds
-        over = phase.total_steps is not None and steps >= phase.total_steps
-        return over or (phase.seconds is not None and seconds >= phase.seconds)
+    def wishes(self, phase: Phase, evaluation: Due | None = None, save: Due | None = None):
+        """What depends on this process's clock and on the signals that it gets."""
+        return Wishes(
+            stop=bool(self.stop),
+            over=phase.seconds is not None and self.progress.phase_seconds >= phase.seconds,
+            evaluate=evaluation is not None and evaluation.by_clock(),
+            save=save is not None and save.by_clock(),
+        )
+
+    def has_its_steps(self, phase: Phase) -> bool:
+        return phase.total_steps is not None and self.progress.phase_step >= phase.total_steps
 
     def evaluate(self, program: Program, state: TrainState) -> None:
         """Measures the validation losses at the present step, once."""
@@ -234,7 +251,8 @@ class Trainer:
             },
         )
         self._evaluated_at = self.progress.step
-        write_results(self.folder.path, self.progress.step, self.results)
+        if self.together.first:
+            write_results(self.folder.path, self.progress.step, self.results)
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 (a trainer lives as long as its process)
     def validations(self, index: int):
@@ -271,10 +289,13 @@ def train(run: Run, workdir: str | os.PathLike, *, restart: bool = False) -> Res
     layout, tokenizer = run.mesh.build(), folder.tokenizer(run)
     check(run, tokenizer, layout)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(folder.lock())
-        folder.claim(run, restart=restart)
-        folder.keep_tokenizer(tokenizer)
-        stack.callback(write_report, folder.path)  # last of all, whatever happened
+        together = stack.enter_context(session())
+        if together.first:
+            stack.enter_context(folder.lock())
+            folder.claim(run, restart=restart)
+            folder.keep_tokenizer(tokenizer)
+            stack.callback(write_report, folder.path)  # last of all, whatever happened
+        together.barrier("the folder is there")
         stop = stack.enter_context(StopRequest())
         opened = run.checkpoint.open(folder.checkpoints, to_json(run))
         checkpoints = stack.enter_context(opened)
@@ -302,10 +323,12 @@ def train(run: Run, workdir: str | os.PathLike, *, restart: bool = False) -> Res
             checkpoints,
             monitor,
             stop,
+            together,
             progress,
             resumed,
         )
-        return trainer.train()
+        with together.watching():
+            return trainer.train()
 
 
 def restore(
@@ -327,9 +350,19 @@ def check(run: Run, tokenizer: Tokenizer, layout: Layout) -> None:
 
 
 def main(
-    run: Run, *, workdir: str | os.PathLike, dry_run: bool = False, restart: bool = False
+    run: Run,
+    *,
+    workdir: str | os.PathLike,
+    dry_run: bool = False,
+    restart: bool = False,
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process_id: int | None = None,
 ) -> int:
     """``jaxpt train``: trains, then shows losses beside baselines, samples, and the report's path.
+
+    Args:
+      coordinator, processes, process_id: see ``distributed.detect``.
 
     Returns:
       The exit code: that of the signal where one stopped the run.
@@ -338,8 +371,9 @@ def main(
         summary.show(run)
         return Exit.OK
     use_compilation_cache()
+    start(coordinator, processes, process_id)
     result = train(run, workdir, restart=restart)
-    console = rich.console.Console()
+    console = rich.console.Console(quiet=jax.process_index() > 0)
     if result.stopped is not None:
         console.print(
             f"stopped by {result.stopped} at step {result.progress.step}; everything is saved. "

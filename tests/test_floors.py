@@ -11,6 +11,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = (
     ("kernels",),
     ("jaxpt", "jaxpt.errors", "jaxpt.duration", "jaxpt.files", "jaxpt.state", "jaxpt.config"),
+    ("jaxpt.rollcall",),
+    ("jaxpt.distributed",),
     ("jaxpt.mesh", "jaxpt.hardware", "jaxpt.environment"),
     ("jaxpt.weights", "jaxpt.data"),
     ("jaxpt.optimizers",),
@@ -29,7 +31,14 @@ FLOORS = (
     ("jaxpt.run",),
     ("jaxpt.folder", "jaxpt.program", "jaxpt.generator"),
     ("jaxpt.loading", "jaxpt.samples", "jaxpt.summary", "jaxpt.checkpoint_commands"),
-    ("jaxpt.train", "jaxpt.evaluate", "jaxpt.generate", "jaxpt.bench", "jaxpt.doctor"),
+    (
+        "jaxpt.train",
+        "jaxpt.evaluate",
+        "jaxpt.generate",
+        "jaxpt.bench",
+        "jaxpt.doctor",
+        "jaxpt.plan",
+    ),
     ("jaxpt.cli", "jaxpt.__main__", "experiments", "configs"),
 )
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
