@@ -38,7 +38,7 @@ def read(table):
     block=st.sampled_from([(4, 4), (4, 8), (8, 4)]),
     causal=st.booleans(),
     window=st.sampled_from([None, 1, 4, 7]),
-    marks=st.sampled_from(["", "segments", "prefix", "both", "shuffled"]),
+    marks=st.sampled_from(["", "segments", "prefix", "both", "shuffled", "positions"]),
 )
 def test_table_leaves_what_the_rule_leaves(seed, lengths, block, causal, window, marks):
     rng = np.random.default_rng(seed)
@@ -50,9 +50,12 @@ def test_table_leaves_what_the_rule_leaves(seed, lengths, block, causal, window,
         segments, kv_segments = (rng.integers(0, 3, (batch, n)) for n in lengths)
     if marks in ("prefix", "both") and causal:
         prefix = (np.arange(keys) < rng.integers(0, keys, (batch, 1))).astype(np.int32)
+    positions = kv_positions = None
+    if marks == "positions":
+        positions, kv_positions = (np.sort(rng.integers(0, 20, (batch, n))) for n in lengths)
     rule = blocks.Rule(
         queries, keys, *block, causal=causal, window=window,
-        segments=segments is not None, prefix=prefix is not None,
+        segments=segments is not None, prefix=prefix is not None, positions=positions is not None,
     )  # fmt: skip
     padded = [
         None if x is None else np.pad(x, ((0, 0), (0, to - x.shape[1])))
@@ -62,10 +65,15 @@ def test_table_leaves_what_the_rule_leaves(seed, lengths, block, causal, window,
             (prefix, rule.padded_keys),
         )
     ]
+    if positions is not None:
+        padded += [
+            np.pad(x, ((0, 0), (0, to - x.shape[1])), mode="edge")
+            for x, to in ((positions, rule.padded_queries), (kv_positions, rule.padded_keys))
+        ]
     table = np.asarray(blocks.table(rule, *padded))
     dense = allowed(
         queries, keys, causal=causal, window=window, prefix=prefix, segments=segments,
-        kv_segments=kv_segments,
+        kv_segments=kv_segments, positions=positions, kv_positions=kv_positions,
     )  # fmt: skip
     dense = np.ones((1, queries, keys), bool) if dense is None else np.asarray(dense)
     dense = np.pad(dense, ((0, 0), (0, 0), (0, rule.padded_keys - keys)))
@@ -168,6 +176,28 @@ def test_window_and_keys_that_run_out():
     compare((1, 390, 1, 16), keys=200, causal=True, window=100)
 
 
+def test_positions_say_where_rows_stand():
+    """Rows cut out of longer ones, as where the length is cut over devices; and any."""
+    rng = np.random.default_rng(0)
+    marks = {"positions": jnp.asarray(100 + np.arange(150))}
+    compare((1, 150, 1, 16), marks, keys=260, causal=True)
+    marks = {"kv_positions": jnp.asarray(np.sort(rng.integers(0, 200, (2, 260))))}
+    marks["positions"] = jnp.asarray(rng.integers(0, 200, (2, 150)))
+    segments = [jnp.asarray(rng.integers(0, 2, (2, n))) for n in (150, 260)]
+    marks |= dict(zip(("segments", "kv_segments"), segments, strict=True))
+    compare((2, 150, 2, 16), marks, keys=260, groups=1, causal=True, window=60)
+
+
+def test_positions_skip_what_comes_after():
+    """A quarter of the queries, at the end: of four blocks of keys all, at the start: one."""
+    rule = blocks.Rule(128, 512, 128, 128, causal=True, positions=True)
+    for first, visited in ((384, 4), (0, 1)):
+        table = blocks.table(
+            rule, positions=first + np.arange(128)[None], kv_positions=np.arange(512)[None]
+        )
+        assert (read(table[0])[2] != blocks.EMPTY).sum() == visited
+
+
 def test_under_transformations():
     attention_cases.check_transformations(on_tpu, 150)
 
@@ -249,7 +279,7 @@ def test_compiles_for_tpus(target, model, length, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"positions": jnp.arange(4)}, "positions"),
+        ({"positions": jnp.arange(4), "bias": ALiBi(jnp.ones(2))}, "positions"),
         ({"dropout": (0.1, 0)}, "dropout"),
         ({"bias": jnp.zeros((2, 4, 4))}, "bias"),
     ],

@@ -127,15 +127,18 @@ def word_at(table, b, p):
     return table[0 if table.shape[0] == 1 else b, p]
 
 
-def table(rule: Rule, segments=None, kv_segments=None, prefix=None):
+def table(
+    rule: Rule, segments=None, kv_segments=None, prefix=None, positions=None, kv_positions=None
+):
     """int32 [1 or B, pairs]: the words of the pairs to visit, in order, and how many there are.
 
     Every query block has a pair, an empty one if nothing is left of it, so that its result is
     written. Rows of the batch with fewer pairs than the most end in words that do nothing.
-    segments, kv_segments [B, padded length] (0: padding), prefix [B, padded keys]. From numpy's
-    arrays comes one of numpy's.
+    segments, kv_segments [B, padded length] (0: padding), prefix [B, padded keys], positions and
+    kv_positions [1 or B, padded length], both or neither, filled up with values that occur. From
+    numpy's arrays comes one of numpy's.
     """
-    kinds, static = kinds_of_pairs(rule, segments, kv_segments, prefix)
+    kinds, static = kinds_of_pairs(rule, segments, kv_segments, prefix, positions, kv_positions)
     return _words(kinds, static, np if isinstance(kinds, np.ndarray) else jnp)
 
 
@@ -143,8 +146,7 @@ def kinds_of_pairs(
     rule: Rule, segments=None, kv_segments=None, prefix=None, positions=None, kv_positions=None
 ):
     """(kinds, static): the kind of every pair, int32 [1 or B, query blocks, key blocks], and which
-    of them any batch can need. Arguments as of ``table``, and positions [1 or B, padded length],
-    both or neither, filled up with values that occur. From numpy's arrays come numpy's."""
+    of them any batch can need. Arguments as of ``table``. From numpy's arrays come numpy's."""
     arrays = (segments, prefix, positions, kv_positions)
     xp = np if not any(isinstance(x, jax.Array) for x in arrays) else jnp
     edges = edges_of(rule, positions, kv_positions)

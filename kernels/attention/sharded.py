@@ -27,7 +27,7 @@ class Split:
     """Mesh axes over which batch, heads and the queries' length are cut; None: not at all.
 
     ``length`` (context parallelism) cuts the queries, and each device sees all keys: they are
-    gathered where they come cut. It needs positions, which "pallas_tpu" does not serve.
+    gathered where they come cut. It needs positions, which "pallas_tpu" serves without a bias.
     """
 
     batch: Axes = None

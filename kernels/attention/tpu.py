@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from kernels.attention import blocks, tpu_backward, tpu_forward, tuning
 from kernels.attention.bias import ALiBi, RelativeBias, by_distance
 from kernels.attention.blocks import Rule
+from kernels.attention.rule import row_indices
 from kernels.attention.second import derivative_of_gradients
 from kernels.attention.tpu_parts import LANES, MASKED, Plan
 from kernels.attention.tuning import Sizes
@@ -27,8 +28,8 @@ def unserved(q, k, v, *, positions, kv_positions, bias, dropout, **_) -> str | N
     vmem = tuning.chip().vmem
     width = sum(-(-x.shape[-1] // LANES) * LANES for x in (k, v))
     refused = {
-        "positions": positions is not None,
-        "kv_positions": kv_positions is not None,
+        "bias (at positions)": bias is not None
+        and not (positions is None and kv_positions is None),
         "dropout": dropout is not None,
         "bias (an array)": bias is not None and not isinstance(bias, RelativeBias | ALiBi),
         "bias (of so large a max_distance, of so many heads of a group)": _bias_bytes(
@@ -75,6 +76,15 @@ def attention(
     if sizes is None:
         sizes = tuning.best_sizes(max(q.shape[-1], v.shape[-1]), bias is not None, queries)
 
+    placed = causal or window is not None
+    placed = placed and not (positions is None and kv_positions is None)
+    marks = {"segments": segments, "kv_segments": kv_segments, "prefix": prefix}
+    for name, x, length in (
+        ("positions", positions, queries), ("kv_positions", kv_positions, keys)
+    ):  # fmt: skip
+        rows = jnp.broadcast_to(row_indices(x, length), (q.shape[0], length))
+        marks[name] = rows if placed else None
+
     def rule(most: int) -> Rule:
         return Rule(
             queries,
@@ -84,6 +94,7 @@ def attention(
             window=window,
             segments=segments is not None,
             prefix=prefix is not None,
+            positions=placed,
         )
 
     plan = Plan(
@@ -98,7 +109,7 @@ def attention(
         interpret=interpret,
     )
     back = dataclasses.replace(plan, rule=rule(sizes.backward))
-    results: Any = _attend(plan, back, q, k, v, bias, (segments, kv_segments, prefix))
+    results: Any = _attend(plan, back, q, k, v, bias, marks)
     return results[0]
 
 
@@ -140,7 +151,8 @@ def _strips(bias, groups: int):
 def _attend(plan: Plan, back: Plan, q, k, v, bias, marks):
     """The result and the scores' log2 sums [B, K, G, T]; the derivative is that of the result.
 
-    Arguments as of ``attention``; marks: (segments, kv_segments, prefix), each may be None.
+    Arguments as of ``attention``; marks: segments, kv_segments, prefix, positions and kv_positions
+    by name, each int [B, T or S] or None.
     """
     table, *inputs = _padded(plan.rule, q, k, v, marks)
     out, lse = tpu_forward.forward(plan, table, inputs, *_strips(bias, k.shape[2]))
@@ -156,7 +168,7 @@ def _forward(plan: Plan, back: Plan, q, k, v, bias, marks):
 
 def _backward(plan: Plan, back: Plan, saved, cotangents):
     gradients: Any = _gradients(plan, back, *saved, cotangents[0])
-    return *gradients, (None, None, None)
+    return *gradients, None
 
 
 _attend.defvjp(_forward, _backward)
@@ -185,12 +197,11 @@ def _gradients_forward(plan: Plan, back: Plan, q, k, v, bias, marks, out, lse, g
 def _gradients_backward(plan: Plan, back: Plan, saved, cotangents):
     """By XLA. The result and its sums are functions of the rest: all of the derivative goes to
     that."""
-    *arguments, (segments, kv_segments, prefix), g = saved
-    options = {"segments": segments, "kv_segments": kv_segments, "prefix": prefix}
-    options |= {"causal": plan.rule.causal, "window": plan.rule.window}
+    *arguments, marks, g = saved
+    options = marks | {"causal": plan.rule.causal, "window": plan.rule.window}
     options |= {"softcap": plan.softcap, "scale": plan.scale}
     *firsts, d_g = derivative_of_gradients(options, arguments, g, cotangents)
-    return *firsts, (None, None, None), None, None, d_g
+    return *firsts, None, None, None, d_g
 
 
 _gradients.defvjp(_gradients_forward, _gradients_backward)
@@ -217,15 +228,24 @@ def _pad(x, axis: int, length: int, value: float = 0) -> Any:
 
 
 def _padded(rule: Rule, q, k, v, marks) -> list:
-    """[table, q, k, v, q_ids, k_ids, prefix] as the kernels take them, of whole blocks."""
-    segments, kv_segments, prefix = (None if x is None else x.astype(jnp.int32) for x in marks)
-    segments = _pad(segments, 1, rule.padded_queries)
-    kv_segments = _pad(kv_segments, 1, rule.padded_keys)
-    prefix = _pad(prefix, 1, rule.padded_keys)
-    table = jnp.asarray(blocks.table(rule, segments, kv_segments, prefix))
+    """[table, q, k, v, q_ids, k_ids, prefix, q_places, k_places] as the kernels take them, of whole
+    blocks."""
+    marks = {name: x if x is None else x.astype(jnp.int32) for name, x in marks.items()}
+    segments = _pad(marks["segments"], 1, rule.padded_queries)
+    kv_segments = _pad(marks["kv_segments"], 1, rule.padded_keys)
+    prefix = _pad(marks["prefix"], 1, rule.padded_keys)
+    # What is padding stands where the last one stands, so that no block reaches further for it.
+    places = [
+        x if x is None else jnp.pad(x, ((0, 0), (0, to - x.shape[1])), mode="edge")
+        for x, to in (
+            (marks["positions"], rule.padded_queries),
+            (marks["kv_positions"], rule.padded_keys),
+        )
+    ]
+    table = jnp.asarray(blocks.table(rule, segments, kv_segments, prefix, *places))
     # A query of padding matches no key, one of padding neither.
     q_ids = None if segments is None else jnp.where(segments == 0, -1, segments)
-    rows = (None if x is None else x[:, None] for x in (q_ids, kv_segments, prefix))
+    rows = (None if x is None else x[:, None] for x in (q_ids, kv_segments, prefix, *places))
     q = _split(q, k.shape[2], rule.padded_queries)
     k, v = (_pad(x.swapaxes(1, 2), 2, rule.padded_keys) for x in (k, v))
     return [table, q, k, v, *rows]

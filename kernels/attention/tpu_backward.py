@@ -53,6 +53,8 @@ def kernel(plan: Plan, names, *refs):
             ref["ids"][...] = parts.across(ref["k_ids"][0])
         if rule.prefix and kind != DIAGONAL:
             ref["marks"][...] = parts.across(ref["prefix"][0])
+        if rule.positions:
+            ref["places"][...] = parts.across(ref["k_places"][0])
         ref["k_t"][...] = ref["k"][0, 0].T
         chunks = parts.in_chunks(rule.block_q, plan.backward_chunk)
         for chunk in chunks:
@@ -163,7 +165,11 @@ def _masked(plan: Plan, kind, ref, s, begin, pair):
         prefix = None
         if rule.prefix and kind != DIAGONAL:
             prefix = parts.tile_lanes(ref["marks"][at : at + size], queries)
-        seen = parts.mask_of(rule, kind, s.shape, start, 1, ids, prefix)
+        places = None
+        if rule.positions:
+            k_places = parts.tile_lanes(ref["places"][at : at + size], queries)
+            places = (ref["q_places"][0][:, begin : begin + queries], k_places)
+        seen = parts.mask_of(rule, kind, s.shape, start, 1, ids, prefix, places)
         return s if seen is None else jnp.where(seen, s, MASKED)
 
     before = keys - queries
@@ -175,7 +181,7 @@ def _masked(plan: Plan, kind, ref, s, begin, pair):
 def backward(plan: Plan, table, inputs, strip, far, results):
     """Gradients of q, k, v, strip and far; arguments as of ``tpu_forward.forward``, and
     ``results``: what that returned, with the gradient of the first in between."""
-    (q, k, v, q_ids, k_ids, prefix), (o, do, lse) = inputs, results
+    (q, k, v, q_ids, k_ids, prefix, q_places, k_places), (o, do, lse) = inputs, results
     (batch, groups, each, _, width), wide = q.shape, v.shape[-1]
     rule = plan.rule
     bq, bk, keys = rule.block_q, rule.block_k, rule.padded_keys
@@ -207,6 +213,8 @@ def backward(plan: Plan, table, inputs, strip, far, results):
         ("q_ids", q_ids, query_row),
         ("k_ids", k_ids, keys_row),
         ("prefix", prefix, keys_row),
+        ("q_places", q_places, query_row),
+        ("k_places", k_places, keys_row),
         ("strip", flipped, pl.BlockSpec((1, 1, plan.tiles + 1, LANES), head)),
         ("far", far, pl.BlockSpec((1, 1, 1, 1), head, memory_space=pltpu.SMEM)),
     ]
@@ -228,6 +236,8 @@ def backward(plan: Plan, table, inputs, strip, far, results):
         scratch["ids"] = pltpu.VMEM((bk, LANES), jnp.int32)
     if rule.prefix:
         scratch["marks"] = pltpu.VMEM((bk, LANES), jnp.int32)
+    if rule.positions:
+        scratch["places"] = pltpu.VMEM((bk, LANES), jnp.int32)
     if plan.reach:
         tiles = (each, plan.tiles, LANES, LANES)
         outputs["d_strip"] = (

@@ -40,6 +40,12 @@ def kernel(plan: Plan, names, *refs):
         def _():
             ref["ids"][...] = parts.across(ref["q_ids"][0])
 
+    if rule.positions:
+
+        @pl.when(first)
+        def _():
+            ref["places"][...] = parts.across(ref["q_places"][0])
+
     if plan.reach:
 
         @pl.when((b == 0) & (p == 0))
@@ -124,10 +130,14 @@ def _masked(plan: Plan, kind, ref, s, begin, pair):
         if rule.segments:
             q_ids = parts.tile_lanes(ref["ids"][begin : begin + rows], s.shape[1])
             ids = (q_ids, ref["k_ids"][0, :, at : at + s.shape[1]])
+        places = None
+        if rule.positions:
+            q_places = parts.tile_lanes(ref["places"][begin : begin + rows], s.shape[1])
+            places = (q_places, ref["k_places"][0, :, at : at + s.shape[1]])
         prefix = ref["prefix"][0, :, at : at + s.shape[1]] if rule.prefix else None
         if kind == DIAGONAL:
             prefix = None  # a diagonal block has none
-        seen = parts.mask_of(rule, kind, s.shape, start, 0, ids, prefix)
+        seen = parts.mask_of(rule, kind, s.shape, start, 0, ids, prefix, places)
         return s if seen is None else jnp.where(seen, s, MASKED)
 
     plain = kind == DIAGONAL and not rule.segments and rule.window is None
@@ -146,12 +156,12 @@ def _width(x, width: int):
 
 def forward(plan: Plan, table, inputs, strip, far):
     """``inputs``: q [B, K, G, T, H], k [B, K, S, H], v [B, K, S, H_v], of whole blocks, q_ids
-    [B, 1, T], k_ids and prefix [B, 1, S] or None; strip [K, G, tiles + 1, 128] and far [K, G, 1, 1]
-    or None.
+    [B, 1, T], k_ids and prefix [B, 1, S], q_places [B, 1, T] and k_places [B, 1, S] or None; strip
+    [K, G, tiles + 1, 128] and far [K, G, 1, 1] or None.
 
     Returns the result [B, K, G, T, H_v] and the scores' log2 sums [B, K, G, blocks, 1, block_q].
     """
-    q, k, v, q_ids, k_ids, prefix = inputs
+    q, k, v, q_ids, k_ids, prefix, q_places, k_places = inputs
     (batch, groups, each, queries, width), wide = q.shape, v.shape[-1]
     rule = plan.rule
     bq, bk = rule.block_q, rule.block_k
@@ -175,6 +185,8 @@ def forward(plan: Plan, table, inputs, strip, far):
         ("q_ids", q_ids, query_row),
         ("k_ids", k_ids, keys_row),
         ("prefix", prefix, keys_row),
+        ("q_places", q_places, query_row),
+        ("k_places", k_places, keys_row),
         ("strip", strip, pl.BlockSpec((1, 1, plan.tiles + 1, LANES), head)),
         ("far", far, pl.BlockSpec((1, 1, 1, 1), head, memory_space=pltpu.SMEM)),
     ]
@@ -186,6 +198,8 @@ def forward(plan: Plan, table, inputs, strip, far):
     }
     if rule.segments:
         scratch["ids"] = pltpu.VMEM((bq, LANES), jnp.int32)
+    if rule.positions:
+        scratch["places"] = pltpu.VMEM((bq, LANES), jnp.int32)
     if plan.reach:
         scratch["tiles"] = pltpu.VMEM((each, plan.tiles, LANES, LANES), f32)
     names = ["table", *(x[0] for x in inputs), "o", "lse", *scratch]

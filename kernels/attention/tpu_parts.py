@@ -70,18 +70,21 @@ def tile_lanes(x, lanes: int):
     return x[:, :lanes] if lanes <= LANES else jnp.tile(x, (1, lanes // LANES))
 
 
-def mask_of(rule: Rule, kind: int, shape, start, axis: int, ids, prefix):
+def mask_of(rule: Rule, kind: int, shape, start, axis: int, ids, prefix, places=None):
     """The mask of a piece of a block, bool, or None where all is seen.
 
     shape: of the piece, with queries along ``axis``. start: (q0, k0), the indices of its first
     query and key. ids: segments of its queries and keys, broadcastable, or None. prefix: of its
-    keys, or None.
+    keys, or None. places: positions of its queries and keys, where they have some.
     """
     if kind == FULL:
         return None
     iota = [lax.broadcasted_iota(jnp.int32, shape, a) for a in (axis, 1 - axis)]
-    ahead = iota[1] - iota[0]  # key less query, but for the offset
-    off = start[0] - start[1]
+    if places is None:
+        ahead = iota[1] - iota[0]  # key less query, but for the offset
+        off = start[0] - start[1]
+    else:
+        ahead, off = places[1] - places[0], 0
     clauses = []
     if rule.causal:
         causal = ahead <= off
