@@ -16,8 +16,10 @@ from jax.experimental import pallas as pl
 from kernels.attention import gpu_parts as parts
 from kernels.attention.gpu_parts import NT, Plan
 
-# Programs of the bias's kernel: enough to fill the GPU, few enough that their sums are small.
-BIAS_PROGRAMS = 1024
+# Programs of the bias's kernel: enough to fill a GPU of some 100 multiprocessors four times, few
+# enough that their sums are small; and the fewest blocks of a program, for the same reason.
+BIAS_PROGRAMS = 512
+LEAST_BLOCKS = 4
 
 
 def keys_kernel(plan: Plan, ref) -> None:
@@ -195,7 +197,7 @@ def of_strip(plan: Plan, arrays: dict, rows: dict, bias: dict, sums):
     far = -(-(plan.reach - 1) // size)
     first, tiles = -far, 2 * far + 1 if plan.ahead else far + 1
     count = batch * plan.rule.query_blocks
-    pieces = min(count, -(-BIAS_PROGRAMS // (heads * tiles)))
+    pieces = min(-(-count // LEAST_BLOCKS), -(-BIAS_PROGRAMS // (heads * tiles)))
     most = -(-count // pieces)
     of_head = lambda t, n, p: (0, 0, n, 0)  # noqa: E731
     of_group = lambda t, n, p: (0, 0, n // each, 0)  # noqa: E731

@@ -32,7 +32,7 @@ V6E = ("TPU v6 lite", "TPU v6e")
 # Of a chunk: below them dW comes and goes slower than a v5e multiplies (2.5 x 197 TFLOP/s over
 # 819 GB/s is 601 tokens); and less width than was tried.
 LEAST_TOKENS = 768
-LEAST_WIDTH = 2048
+LEAST_WIDTH = 768
 # Above it an exponential that was kept may be zero where the cap's slope is not.
 MOST_SOFTCAP = 40.0
 
@@ -80,7 +80,18 @@ def sizes_for(kind: str) -> Sizes:
 def pays(x_BTD, w_DV, sizes: Sizes, kind: str) -> bool:
     """Whether the kernel beats the chunked XLA program, as far as can be told without a chip.
 
-    FIGURES
+    Cycles by the compiler's schedule (libtpu 0.0.42), value and gradients of 4096 tokens in
+    bfloat16, dW's conversion and transposes with them, and temporary memory:
+
+        chip, width x vocabulary     kernel              XLA
+        v5e, 2048 x 32000            13.0 M,  264 MiB    14.7 M,  500 MiB
+        v5e, 768 x 32128              5.3 M,   95 MiB     5.5 M,  502 MiB
+        v6e, 2048 x 32000             4.0 M,  267 MiB     4.0 M,  750 MiB
+        v5p, 2048 x 32000            15.1 M,  275 MiB     6.7 M,  750 MiB
+
+    That counts no waiting for memory. The kernel moves 793 MB a chunk at width 2048: on a v5e 0.97
+    ms to 2.1 ms of work; on a v6e as long as the work takes, so that it cannot win there. On a v5p
+    few tokens fit (384), and one of its two cores is idle.
     """
     batch, length, width = x_BTD.shape
     chunk = sizes.chunk(batch, length, width, w_DV.shape[1], x_BTD.dtype)
