@@ -121,6 +121,8 @@ def check_second_derivative(kernel):
 # heads, key heads, width, bias: T5 base, XXL, LLaMA 1B and 7B.
 MODELS = {
     "t5 base": (12, 12, 64, "relative"),
+    "t5 large": (16, 16, 64, "relative"),
+    "t5 xl": (32, 32, 64, "relative"),
     "t5 xxl": (64, 64, 64, "relative"),
     "llama 1b": (32, 8, 64, None),
     "llama 7b": (32, 32, 128, None),

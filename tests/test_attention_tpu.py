@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import relative, rows_of, shapes, step
+from attention_cases import MODELS, relative, rows_of, shapes, step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.attention import ALiBi, alibi_slopes, attention, blocks, tpu
 from kernels.attention.rule import allowed
+from kernels.platform import compiling_for
 
 SMALL = tpu.Sizes(128, 128, 128, 128)
 PAIRS = tpu.Sizes(256, 256, 128, 128)  # two chunks a block
@@ -243,6 +244,7 @@ def test_lowers_for_tpus_without_one(model, length):
     assert text.count("tpu_custom_call") == 2
 
 
+TARGETS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra: tpu)"
 )
@@ -253,11 +255,9 @@ needs_libtpu = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("target", "model", "length"),
     [
-        ("v5e:2x2", "t5 base", 512),
-        ("v5e:2x2", "t5 xxl", 2048),
-        ("v5e:2x2", "llama 7b", 8192),
-        ("v5p:2x2x1", "llama 1b", 8192),
-        ("v6e:2x2", "t5 base", 2048),
+        (TARGETS[(i + j) % len(TARGETS)], model, length)
+        for i, model in enumerate(MODELS)
+        for j, length in enumerate((512, 2048, 8192))
     ],
 )
 def test_compiles_for_tpus(target, model, length, monkeypatch):
@@ -267,7 +267,8 @@ def test_compiles_for_tpus(target, model, length, monkeypatch):
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name=target)
     bias, arguments = shapes(model, length, 1, SingleDeviceSharding(topology.devices[0]))
-    traced = jax.jit(step(bias, "pallas_tpu")).trace(*arguments)
+    with compiling_for(topology.devices[0]):
+        traced = jax.jit(step(bias, "pallas_tpu")).trace(*arguments)
     compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     assert compiled.as_text().count("tpu_custom_call") >= 2
     attention_cases.assert_linear(compiled, model, length)
