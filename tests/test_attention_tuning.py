@@ -69,11 +69,11 @@ def test_the_fewest_cycles_win(monkeypatch):
     assert best[512] == (512, 512, 128, 128)
     assert best[1024] == (1024, 1024, 128, 128)  # 200; 2 * 60 + 100 of the small ones
     assert best[8192] == (1024, 1024, 256, 256)
-    text = tune.text({"v5e": {(64, True): best}}, {"v5e": "by hand"})
+    text = tune.text({"v5e": {(64, True): best}}, {"v5e": ("by hand", "today")})
     made: dict = {}
     exec(text, made)
     assert made["SIZES"] == {"v5e": {(64, True): best}}
-    assert made["MADE"] == {"v5e": "by hand"}
+    assert made["MADE"] == {"v5e": ("by hand", "today")}
 
 
 ROWS = {

@@ -8,7 +8,7 @@ import logging
 import jax
 import jax.numpy as jnp
 
-from kernels.attention import cudnn, gpu, reference, tpu, xla
+from kernels.attention import cudnn, gpu, reference, tpu, tuning, xla
 from kernels.attention.bias import ALiBi, RelativeBias, materialize
 from kernels.platform import device, on_one_device, platform
 
@@ -137,7 +137,8 @@ def _fastest(q, k, v, arguments) -> str:
         refused = "mesh: call sharded_attention"
     if refused is not None:
         return _chosen("xla", f"{best} does not serve this {refused}")
-    return _chosen(best, f"the backend is {backend}")
+    origin = f"; {tuning.origin()}" if best == "pallas_tpu" else ""
+    return _chosen(best, f"the backend is {backend}{origin}")
 
 
 def _kernel() -> str | None:

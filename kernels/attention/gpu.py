@@ -57,13 +57,11 @@ def sizes_of(width: int, dtype) -> Sizes:
     return Sizes(Size(64, 32, 8), Size(32, 32, 8), Size(32, 32, 8), Size(32, 32, 8))
 
 
-def unserved(q, k, v, *, positions, kv_positions, bias, dropout, **_) -> str | None:
+def unserved(q, k, v, *, bias, dropout, **_) -> str | None:
     """The argument that these kernels cannot serve, or None; arguments as of ``attention``."""
-    placed = positions is not None or kv_positions is not None
     refused = {
         "dropout": dropout is not None,
         "bias (an array)": bias is not None and not isinstance(bias, RelativeBias | ALiBi),
-        "bias (T5's, at positions)": isinstance(bias, RelativeBias) and placed,
         "dtype": q.dtype not in (jnp.float32, jnp.bfloat16) or {k.dtype, v.dtype} != {q.dtype},
         "width of heads": max(q.shape[-1], v.shape[-1]) > 256,
     }
@@ -94,9 +92,7 @@ def attention(
 
     Raises NotImplementedError for what ``unserved`` names.
     """
-    refused = unserved(
-        q, k, v, positions=positions, kv_positions=kv_positions, bias=bias, dropout=dropout
-    )
+    refused = unserved(q, k, v, bias=bias, dropout=dropout)
     if refused is not None:
         raise NotImplementedError(f"implementation='pallas_gpu' does not serve this {refused}")
     queries, keys = q.shape[1], k.shape[1]
@@ -104,7 +100,10 @@ def attention(
     placed = positions is not None or kv_positions is not None
     ordered = causal or window is not None or bias is not None
 
-    reach = min(bias.max_distance, max(queries, keys)) if isinstance(bias, RelativeBias) else 0
+    reach = buckets = 0
+    if isinstance(bias, RelativeBias):
+        reach = bias.max_distance if placed else min(bias.max_distance, max(queries, keys))
+        buckets = bias.table.shape[-1] if placed else 0
 
     def plan(size: Size, square: bool) -> Plan:
         bq, bk = min(size.queries, _width(queries)), min(size.keys, _width(keys))
@@ -126,6 +125,7 @@ def attention(
             scale=float(scale),
             softcap=softcap,
             reach=reach,
+            buckets=buckets,
             sloped=isinstance(bias, ALiBi),
             interpret=interpret,
         )
@@ -218,15 +218,21 @@ def _gradients(plans: Plans, q, k, v, bias, marks, out, lse, g):
     ):
         plan = getattr(plans, name)
         table = parts.tables(plan, _cut(plan, marks), by_key)
-        found[name] = kernel(plan, arrays, rows, strips, table)
+        given = strips | _buckets(plan, bias) if name == "queries" else strips
+        found[name] = kernel(plan, arrays, rows, given, table)
     (dk, dv), (dq, sums) = found["keys"], found["queries"]
-    sums: Any = None if sums is None else sums[..., :queries]
+    sums: Any = None if sums is None else sums[:, :, :queries]
     d_strips = dict.fromkeys(strips)
-    if plans.bias.reach:
+    if plans.bias.buckets:
+        d_strips["strip"] = jnp.zeros_like(strips["strip"])
+    elif plans.bias.reach:
         d_strips["strip"] = gpu_backward.of_strip(plans.bias, arrays, rows, strips, sums) / LOG2E
     if plans.bias.sloped:
-        d_strips["slopes"] = sums.sum((0, 3)) / LOG2E
+        d_strips["slopes"] = sums.sum((0, 2)) / LOG2E
     (d_bias,) = pull(d_strips)
+    if plans.bias.buckets:
+        d_table = sums.sum((0, 2))[:, : plans.bias.buckets]
+        d_bias = dataclasses.replace(d_bias, table=d_table.astype(bias.table.dtype))
     dq = dq[:, :queries, :, : q.shape[-1]]
     return dq, dk[:, :keys, :, : k.shape[-1]], dv[:, :keys, :, : v.shape[-1]], d_bias
 
@@ -306,3 +312,12 @@ def _strips(plans: Plans, bias) -> dict:
     elif isinstance(bias, ALiBi):
         slopes = bias.slopes.astype(jnp.float32)[:, None] * LOG2E
     return {"strip": strip, "slopes": slopes}
+
+
+def _buckets(plan: Plan, bias) -> dict:
+    """{"bucket_of": the bucket of each distance of the strip, int32 [N, span]}, where the gradient
+    is summed by buckets."""
+    if not plan.buckets:
+        return {}
+    bucket = bias.buckets(jnp.arange(-plan.reach, plan.reach + 1)).astype(jnp.int32)
+    return {"bucket_of": jnp.broadcast_to(bucket, (bias.table.shape[0], plan.span))}

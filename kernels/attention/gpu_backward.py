@@ -4,7 +4,7 @@ Each computes the probabilities again from the scores' sums, so that no program 
 another does, and the result does not depend on which comes first. T5's bias is constant along
 diagonals: its kernel sums up the blocks that lie on one diagonal of blocks, and the blocks' own
 diagonals are summed once, afterwards. What lies beyond the strip's ends is summed with the
-gradient of the queries.
+gradient of the queries, and so is all of it, bucket by bucket, where positions bend the diagonals.
 """
 
 from __future__ import annotations
@@ -71,22 +71,32 @@ def queries_kernel(plan: Plan, ref) -> None:
         ds = jnp.exp2(s - lse[:, None]) * (dp - delta[:, None])
         if plan.sloped:
             new = [-jnp.sum(ds * jnp.abs(ahead).astype(jnp.float32), axis=1)]
+        elif plan.buckets:
+            new = [parts.by_bucket(plan, ref, ds, ahead)]
         else:
             new = parts.beyond(plan, ds, queries, keys, ahead, near) if plan.reach else []
         ds = ds if slope is None else ds * slope
         dq = dq + parts.dot(ds.astype(k.dtype), k, plan)
         return dq, *(a + b for a, b in zip(sums, new, strict=True))
 
-    row = jnp.zeros((size.queries,), jnp.float32)
-    carry = (jnp.zeros(q.shape, jnp.float32), *(row for _ in range(_sums(plan))))
-    dq, *sums = parts.visit(plan, ref, body, carry)
+    count = _sums(plan)
+    if plan.buckets:
+        start = [jnp.zeros((size.queries, count), jnp.float32)]
+    else:
+        start = [jnp.zeros((size.queries,), jnp.float32)] * count
+    dq, *sums = parts.visit(plan, ref, body, (jnp.zeros(q.shape, jnp.float32), *start))
     ref["dq"][...] = (dq * plan.scale).astype(q.dtype)
+    if plan.buckets:
+        ref["sums"][...] = sums[0]
+        return
     for n, total in enumerate(sums):
-        ref["sums"][n, :] = total
+        ref["sums"][:, n] = total
 
 
 def _sums(plan: Plan) -> int:
     """Numbers that a query adds to the bias's gradient."""
+    if plan.buckets:
+        return pl.next_power_of_2(plan.buckets)
     return 1 + plan.ahead if plan.reach else int(plan.sloped)
 
 
@@ -153,7 +163,8 @@ def of_keys(plan: Plan, arrays: dict, rows: dict, bias: dict, tables):
 
 def of_queries(plan: Plan, arrays: dict, rows: dict, bias: dict, tables):
     """(dq, sums): the gradient of q, and what each query adds to that of the bias, float32
-    [B, N, n, T] or None: beyond the strip's ends, or of the slope. Arguments as of ``of_keys``."""
+    [B, N, T, n] or None: beyond the strip's ends, or of the slope, or of every bucket (for which
+    the bias has "bucket_of" of the strip, int32 [N, span]). Arguments as of ``of_keys``."""
     q, k, v = (arrays[name] for name in ("q", "k", "v"))
     (batch, length, heads, _), groups = q.shape, k.shape[2]
     each, bq = heads // groups, plan.size.queries
@@ -179,9 +190,9 @@ def of_queries(plan: Plan, arrays: dict, rows: dict, bias: dict, tables):
     outputs = {"dq": (parts.shape(q.shape, q.dtype), *inputs["q"][1:])}
     if count := _sums(plan):
         outputs["sums"] = (
-            parts.shape((batch, heads, count, length), jnp.float32),
-            (None, None, count, bq),
-            lambda i, n, b: (b, n, 0, i),
+            parts.shape((batch, heads, length, count), jnp.float32),
+            (None, None, bq, count),
+            lambda i, n, b: (b, n, i, 0),
         )
     grid = (plan.rule.query_blocks, heads, batch)
     found = parts.call(plan, queries_kernel, "attention_queries", grid, inputs, outputs)
@@ -230,7 +241,7 @@ def of_strip(plan: Plan, arrays: dict, rows: dict, bias: dict, sums):
     grid = (tiles, heads, pieces)
     found = parts.call(plan, kernel, "attention_bias", grid, inputs, outputs)
     strip = _strip_of(plan, found["d_tiles"].sum(0), first)
-    ends = sums.sum((0, 3)).T  # [1 or 2, N]
+    ends = sums.sum((0, 2)).T  # [1 or 2, N]
     strip = strip.at[:, 0].set(ends[0])
     return strip.at[:, -1].set(ends[1]) if plan.ahead else strip
 

@@ -49,6 +49,7 @@ class Plan:
     scale: float
     softcap: float | None = None
     reach: int = 0  # T5's bias: distances from here on are alike; 0: no such bias
+    buckets: int = 0  # of it, where its gradient is summed by them: with positions
     sloped: bool = False  # ALiBi's bias
     interpret: bool = False
 
@@ -87,7 +88,9 @@ def tables(plan: Plan, marks: dict, by_key: bool = False) -> tuple[jax.Array, ja
     kinds, _ = blocks.kinds_of_pairs(rule, **marks)
     xp = np if isinstance(kinds, np.ndarray) else jnp
     near = np.zeros(kinds.shape[1:], bool)
-    if plan.reach:
+    if rule.positions:
+        near = ~near  # which side of the strip a block lies on is not known from its place
+    elif plan.reach:
         q0, q1, k0, k1 = blocks.edges_of(rule)
         near = (k1 - q0 > -plan.reach) & (k0 - q1 < plan.reach)
     group = xp.where(kinds == EMPTY, 3, xp.where(kinds == FULL, near, 2))
@@ -103,7 +106,12 @@ def visit(plan: Plan, ref, body, carry):
     where the bias differs within the block, ``masked`` where the rule leaves a part of it."""
     begin = jnp.int32(0)
     for group, (near, masked) in enumerate(((False, False), (True, False), (True, True))):
-        if (group == 1 and not plan.reach) or (group == 2 and len(plan.rule.kinds) == 1):
+        never = (
+            plan.reach > 0 and plan.rule.positions,
+            plan.reach == 0 and not plan.rule.positions,
+            len(plan.rule.kinds) == 1,
+        )
+        if never[group]:
             continue
         end = ref["counts"][group]
 
@@ -152,8 +160,7 @@ def score(plan: Plan, ref, products, q: dict, k: dict, near: bool, masked: bool,
     if plan.reach:
         first = head * plan.span
         if near:
-            at = jnp.minimum(jnp.maximum(ahead, -plan.reach), plan.reach) + (first + plan.reach)
-            s = s + ref["strip"][at]
+            s = s + ref["strip"][first + _on_strip(plan, ahead)]
         else:
             s = s + ref["strip"][first + _end(plan, q, k)]
     if plan.sloped:
@@ -161,6 +168,11 @@ def score(plan: Plan, ref, products, q: dict, k: dict, near: bool, masked: bool,
     if masked:
         s = jnp.where(_seen(plan.rule, q, k, ahead), s, MASKED)
     return s, slope, ahead
+
+
+def _on_strip(plan: Plan, ahead):
+    """The strip's indices of distances."""
+    return jnp.minimum(jnp.maximum(ahead, -plan.reach), plan.reach) + plan.reach
 
 
 def _end(plan: Plan, q: dict, k: dict):
@@ -197,6 +209,20 @@ def beyond(plan: Plan, ds, q: dict, k: dict, ahead, near: bool):
         return [jnp.where(after, 0.0, total), jnp.where(after, total, 0.0)][: 1 + plan.ahead]
     ends = [ahead <= -plan.reach, ahead >= plan.reach][: 1 + plan.ahead]
     return [jnp.sum(jnp.where(end, ds, 0.0), axis=1) for end in ends]
+
+
+def by_bucket(plan: Plan, ref, ds, ahead):
+    """Sums along keys of a block's values ``ds`` [queries, keys] of each bucket, [queries, buckets]
+    (of a power of two)."""
+    bucket = ref["bucket_of"][_on_strip(plan, ahead)]
+    shape = (ds.shape[0], pl.next_power_of_2(plan.buckets))
+    column = lax.broadcasted_iota(jnp.int32, shape, 1)
+
+    def add(n, sums):
+        row = jnp.sum(jnp.where(bucket == n, ds, 0.0), axis=1)
+        return sums + jnp.where(column == n, row[:, None], 0.0)
+
+    return lax.fori_loop(0, plan.buckets, add, jnp.zeros(shape, jnp.float32))
 
 
 def call(plan: Plan, kernel, name: str, grid, inputs, outputs):

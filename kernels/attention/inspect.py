@@ -8,7 +8,7 @@ import functools
 from kernels.attention import cases, tpu, tuning
 from kernels.attention.cases import Case
 from kernels.attention.peers import PEERS
-from kernels.attention.tune import tune
+from kernels.attention.tune import BLOCKS, CHUNKS, WIDTHS, tune
 from kernels.inspect import Subject
 
 __all__ = ["add_arguments", "subjects", "tune"]
@@ -28,6 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--by", nargs="+", default=[OURS], choices=(OURS, "xla", *PEERS["tpu"]),
         help="whose implementations",
     )  # fmt: skip
+    for name, tried in (("widths", WIDTHS), ("blocks", BLOCKS), ("chunks", CHUNKS)):
+        parser.add_argument(
+            f"--tune-{name}", type=int, nargs="+", default=tried, help=f"{name} to try with --tune"
+        )
 
 
 def subjects(args: argparse.Namespace) -> list[Subject]:

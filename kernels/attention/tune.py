@@ -95,17 +95,29 @@ def tune(args: argparse.Namespace, count: Count) -> str:
 
     chip = CHIPS[args.target]
     rows = {}
-    for width, bias in itertools.product(WIDTHS, (None, "t5")):
+    for width, bias in itertools.product(args.tune_widths, (None, "t5")):
         found = []
-        for block, chunk in itertools.product(BLOCKS, CHUNKS):
+        for block, chunk in itertools.product(args.tune_blocks, args.tune_chunks):
             sizes = [str(n) for n in dataclasses.astuple(Sizes(block, block, chunk, chunk))]
             options = ["--batch", "1", "--heads", "1", "--width", str(width), "--backward"]
             options += ["--length", str(2 * block), "--target", args.target, "--blocks", *sizes]
             found += [(block, chunk, *count([*options, *(["--bias", bias] if bias else [])]))]
         rows[width, bias is not None] = winners(found, width, chip)
     packages = benchmark.versions()
-    made = f"libtpu {packages['libtpu']}, jax {packages['jax']}, {benchmark.today()}"
+    made = (
+        f"blocks of {_listed(args.tune_blocks)}, chunks of {_listed(args.tune_chunks)}",
+        f"libtpu {packages['libtpu']}, jax {packages['jax']}, {benchmark.today()}",
+    )
     return text({**tuned.SIZES, args.target: rows}, {**tuned.MADE, args.target: made})
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _entry(chip: str, how: Sequence[str]) -> list[str]:
+    """As the formatter would have it."""
+    return [f'    "{chip}": (', *(f'        "{part}",' for part in how), "    ),"]
 
 
 def text(sizes: dict, made: dict) -> str:
@@ -121,7 +133,7 @@ def text(sizes: dict, made: dict) -> str:
         '"""',
         "",
         "MADE = {",
-        *(f'    "{chip}": "{how}",' for chip, how in made.items()),
+        *(line for chip, how in made.items() for line in _entry(chip, how)),
         "}",
         "",
         "# chip -> (width of heads, whether there is a relative bias) -> length ->",

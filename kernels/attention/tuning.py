@@ -44,6 +44,12 @@ def chip() -> Chip:
     return next((chip for chip in CHIPS if kind in chip.kinds), CHIPS[0])
 
 
+def origin() -> str:
+    """Where the blocks that the kernels use on this chip come from."""
+    name = chip().name if chip().name in tuned.MADE else CHIPS[0].name
+    return f"blocks as won for {name}: {'; '.join(tuned.MADE.get(name, ()))}"
+
+
 def best_sizes(width: int, biased: bool, length: int) -> Sizes:
     """What won on this chip (or on v5e, where nothing was tried on it) with heads at least so wide,
     with a relative bias or without, at the greatest length tried that is not above ``length``."""
