@@ -16,122 +16,40 @@ import traceback
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from jaxpt import __version__
+from jaxpt.cli_flags import (
+    BenchFlags,
+    BuildFlags,
+    CleanCheckpointsFlags,
+    DoctorFlags,
+    EvalFlags,
+    GenerateFlags,
+    LaunchFlags,
+    ListCheckpointsFlags,
+    ShowFlags,
+    TrainFlags,
+    VerifyCheckpointsFlags,
+    VerifyFlags,
+)
 from jaxpt.errors import ConfigError, DataError, Exit, exit_code
 
 if TYPE_CHECKING:
     from jaxpt.run import Run
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainFlags:
-    workdir: str | None = None  # the run's folder; None: runs/ and the config file's name
-    dry_run: bool = False  # print what would be trained, tensor by tensor, and stop
-    restart: bool = False  # begin again from step 0 where the folder holds no checkpoint yet
-    # HOST:PORT of process 0, of several processes; SLURM, TPU pods and Open MPI need no flags
-    coordinator: str | None = None
-    processes: int | None = None  # how many processes train together
-    process_id: int | None = None  # which of them this is, from 0
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalFlags:
-    split: Literal["train", "validation"] = "validation"  # which documents
-    at_step: int | None = None  # the step to evaluate; None: the latest
-    config: str | None = None  # the run's config file, where it has classes of its own
-    json: bool = False  # print one JSON object
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerateFlags:
-    prompt: tuple[str, ...] = ()  # texts to go on from, or to fill in; each gives an output
-    mode: str | None = None  # mode token to put first (R, S, X)
-    max_tokens: int = 64  # at most so many new tokens
-    temperature: float = 0.0  # of sampling; 0 takes the likeliest token each time
-    top_k: int | None = None  # sample among the so many likeliest tokens
-    top_p: float | None = None  # sample among the likeliest tokens of so much probability
-    min_p: float | None = None  # sample among tokens of this share of the likeliest's probability
-    beams: int = 1  # width of beam search, which above 1 takes the place of sampling
-    samples: int = 1  # answers to each prompt
-    seed: int = 0  # of sampling
-    at_step: int | None = None  # the step to generate with; None: the latest
-    config: str | None = None  # the run's config file, where it has classes of its own
-    json: bool = False  # print one JSON object
-
-
-@dataclasses.dataclass(frozen=True)
-class BenchFlags:
-    input_only: bool = False  # time the input pipeline alone
-    warmup: int = 3  # steps before the clock starts
-    timed: int = 20  # steps that are timed
-    json: bool = False  # print one JSON object
-
-
-@dataclasses.dataclass(frozen=True)
-class ShowFlags:
-    count: int = 1  # how many examples of each task
-    split: Literal["train", "validation"] = "train"  # which documents
-    phase: str | None = None  # the phase whose data is shown; None: the first
-    json: bool = False  # print one JSON object
-
-
-@dataclasses.dataclass(frozen=True)
-class BuildFlags:
-    # bytes, a tokenizer.json, a SentencePiece .model, or the folder of a saved tokenizer;
-    # None: that of SOURCE, where it is a CONFIG
-    tokenizer: str | None = None
-    shards: int | None = None  # files of each split; None: by the source's size, at least 8
-    workers: int | None = None  # processes; None: one a core
-    deduplicate: bool = False  # leave out documents whose text occurs before in the same split
-    validation: str | None = None  # files to validate on; None: a share of SOURCE is held out
-    holdout: float | None = None  # share that is held out for validation; None: the source's own
-    # what a document of text files is; None: a file
-    document: Literal["file", "paragraph", "line"] | None = None
-    field: str | None = None  # key, column or feature of the text; None: text
-    train_split: str | None = None  # split to train on, of tfds: and hf:; None: train
-    validation_split: str | None = None  # split to validate on, of tfds: and hf:; None: validation
-    # what to do about documents that cannot be used; None: raise an error
-    errors: Literal["raise", "skip"] | None = None
-    json: bool = False  # print one JSON object
-
-
-@dataclasses.dataclass(frozen=True)
-class VerifyFlags:
-    json: bool = False  # print one JSON object
-
-
-@dataclasses.dataclass(frozen=True)
-class ListCheckpointsFlags:
-    json: bool = False  # print one JSON object
-
-
-@dataclasses.dataclass(frozen=True)
-class VerifyCheckpointsFlags:
-    at_step: int | None = None  # the step to verify; None: all
-    json: bool = False  # print one JSON object
-
-
-@dataclasses.dataclass(frozen=True)
-class CleanCheckpointsFlags:
-    # remove all but the so many newest, once the newest is verified; None: what was cut off or
-    # set aside as damaged alone
-    keep: int | None = None
-    dry_run: bool = False  # say what would go, and remove nothing
-    json: bool = False  # print one JSON object
-
-
-@dataclasses.dataclass(frozen=True)
-class DoctorFlags:
-    json: bool = False  # print one JSON object
-
-
 def _train(args: list[str]) -> int | None:
     path, rest = _operand(args, "train", "CONFIG")
     run, flags = _configured(path, rest, "train", TrainFlags())
-    workdir = Path(flags.pop("workdir") or Path("runs") / path.stem)
+    workdir = _local(flags.pop("workdir") or Path("runs") / path.stem)
     return _module("train").main(run, workdir=workdir, **flags)
+
+
+def _local(workdir: str | Path) -> Path:
+    if "://" in str(workdir):
+        raise ConfigError("--workdir", f"{workdir} is a URL; mount it, and give the folder's path")
+    return Path(workdir)
 
 
 def _eval(args: list[str]) -> int | None:
@@ -209,6 +127,43 @@ def _data_verify(args: list[str]) -> int | None:
     return _module("data.build").main_verify(Path(operands[0]), json=given.get("json", False))
 
 
+def _launch(kind: str, args: list[str]) -> int | None:
+    from jaxpt import run as runs
+    from jaxpt.config import flags
+
+    launch, command = _module("launch"), f"launch {kind}"
+    path, rest = _operand(args, command, "CONFIG")
+    job = launch.KINDS[kind]()
+    entries = flags.entries(job) + flags.entries(LaunchFlags())
+    prog = f"jaxpt {command} {path}"
+    _, values = runs.override(runs.load(path), rest, prog=prog, extra=entries)
+    own = {field.name: values.pop(field.name) for field in dataclasses.fields(job)}
+    if values["workdir"] is None:
+        raise ConfigError("--workdir", "missing; give a folder that all machines share")
+    _local(values["workdir"])
+    return launch.main(
+        dataclasses.replace(job, **own),
+        path,
+        _without(rest, {entry.name for entry in entries}),
+        workdir=values["workdir"],
+        name=values["job_name"] or path.stem.replace("_", "-"),
+        out=Path(values["out"]),
+        json=values["json"],
+    )
+
+
+def _without(args: list[str], names: set[str]) -> list[str]:
+    """The command line without the flags of these names, and their values."""
+    kept, own = [], False
+    for arg in args:
+        if arg.startswith("--"):
+            name = arg[2:].partition("=")[0].replace("-", "_")
+            own = name in names or name.removeprefix("no_") in names
+        if not own:
+            kept.append(arg)
+    return kept
+
+
 def _checkpoint(action: str, own: Any, args: list[str]) -> int | None:
     from jaxpt.config import flags
 
@@ -243,6 +198,18 @@ COMMANDS: dict[str, tuple[str, str, Callable[[list[str]], int | None]]] = {
         _data_build,
     ),
     "data verify": ("OUT", "holds a build's files against their checksums", _data_verify),
+    **{
+        f"launch {kind}": (
+            "CONFIG --workdir DIR [--out DIR]",
+            f"{meaning}; submits nothing",
+            functools.partial(_launch, kind),
+        )
+        for kind, meaning in (
+            ("slurm", "writes a batch script for SLURM"),
+            ("gke", "writes a JobSet for Kubernetes on Google Cloud"),
+            ("tpu-vm", "writes the gcloud commands for a TPU VM slice"),
+        )
+    },
     "checkpoint list": (
         "DIR",
         "what a run has saved",

@@ -23,7 +23,7 @@ from jaxpt.data.device import DeviceBatches, gathered
 from jaxpt.data.tokenizers import Tokenizer
 from jaxpt.data.vocabulary import Vocabulary
 from jaxpt.distributed import Session, Wishes, session, start
-from jaxpt.duration import Duration, as_duration
+from jaxpt.due import Due
 from jaxpt.errors import Exit
 from jaxpt.evaluation import evaluate, mean_loss
 from jaxpt.files import read_json
@@ -72,26 +72,6 @@ class Result:
     results: dict[str, dict[str, float]] | None
     stopped: str | None
     samples: list[dict[str, str]] = dataclasses.field(default_factory=list)
-
-
-class Due:
-    """Whether what happens every so often is due after a step of the phase."""
-
-    def __init__(self, every: int | float | Duration | None, program: Program):
-        self.steps = None if every is None else program.in_steps(every)
-        duration = None if every is None else as_duration(every)
-        self.seconds = duration.value if duration and duration.unit == "seconds" else None
-        self.last = time.monotonic()
-
-    def by_step(self, phase_step: int) -> bool:
-        return bool(self.steps) and phase_step % self.steps == 0
-
-    def by_clock(self) -> bool:
-        """This process's clock, that is: the others' may say otherwise."""
-        due = bool(self.seconds) and time.monotonic() - self.last >= self.seconds
-        if due:
-            self.last = time.monotonic()
-        return due
 
 
 class Trainer:

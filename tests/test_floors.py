@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = (
     ("kernels",),
     ("jaxpt", "jaxpt.errors", "jaxpt.duration", "jaxpt.files", "jaxpt.state", "jaxpt.config"),
-    ("jaxpt.rollcall",),
+    ("jaxpt.rollcall", "jaxpt.cli_flags"),
     ("jaxpt.distributed",),
     ("jaxpt.mesh", "jaxpt.hardware", "jaxpt.environment"),
     ("jaxpt.weights", "jaxpt.data"),
@@ -30,7 +30,7 @@ FLOORS = (
     ("jaxpt.report", "jaxpt.monitor", "jaxpt.signals"),
     ("jaxpt.run",),
     ("jaxpt.folder", "jaxpt.program", "jaxpt.generator"),
-    ("jaxpt.loading", "jaxpt.samples", "jaxpt.summary", "jaxpt.checkpoint_commands"),
+    ("jaxpt.loading", "jaxpt.samples", "jaxpt.summary", "jaxpt.checkpoint_commands", "jaxpt.due"),
     (
         "jaxpt.train",
         "jaxpt.evaluate",
@@ -38,6 +38,7 @@ FLOORS = (
         "jaxpt.bench",
         "jaxpt.doctor",
         "jaxpt.plan",
+        "jaxpt.launch",
     ),
     ("jaxpt.cli", "jaxpt.__main__", "experiments", "configs"),
 )

@@ -1,0 +1,116 @@
+"""The flags of each command of ``jaxpt`` beside those of the run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainFlags:
+    workdir: str | None = None  # the run's folder; None: runs/ and the config file's name
+    dry_run: bool = False  # print what would be trained, tensor by tensor, and stop
+    restart: bool = False  # begin again from step 0 where the folder holds no checkpoint yet
+    # HOST:PORT of process 0, of several processes; SLURM, TPU pods and Open MPI need no flags
+    coordinator: str | None = None
+    processes: int | None = None  # how many processes train together
+    process_id: int | None = None  # which of them this is, from 0
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalFlags:
+    split: Literal["train", "validation"] = "validation"  # which documents
+    at_step: int | None = None  # the step to evaluate; None: the latest
+    config: str | None = None  # the run's config file, where it has classes of its own
+    json: bool = False  # print one JSON object
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateFlags:
+    prompt: tuple[str, ...] = ()  # texts to go on from, or to fill in; each gives an output
+    mode: str | None = None  # mode token to put first (R, S, X)
+    max_tokens: int = 64  # at most so many new tokens
+    temperature: float = 0.0  # of sampling; 0 takes the likeliest token each time
+    top_k: int | None = None  # sample among the so many likeliest tokens
+    top_p: float | None = None  # sample among the likeliest tokens of so much probability
+    min_p: float | None = None  # sample among tokens of this share of the likeliest's probability
+    beams: int = 1  # width of beam search, which above 1 takes the place of sampling
+    samples: int = 1  # answers to each prompt
+    seed: int = 0  # of sampling
+    at_step: int | None = None  # the step to generate with; None: the latest
+    config: str | None = None  # the run's config file, where it has classes of its own
+    json: bool = False  # print one JSON object
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchFlags:
+    input_only: bool = False  # time the input pipeline alone
+    warmup: int = 3  # steps before the clock starts
+    timed: int = 20  # steps that are timed
+    json: bool = False  # print one JSON object
+
+
+@dataclasses.dataclass(frozen=True)
+class ShowFlags:
+    count: int = 1  # how many examples of each task
+    split: Literal["train", "validation"] = "train"  # which documents
+    phase: str | None = None  # the phase whose data is shown; None: the first
+    json: bool = False  # print one JSON object
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildFlags:
+    # bytes, a tokenizer.json, a SentencePiece .model, or the folder of a saved tokenizer;
+    # None: that of SOURCE, where it is a CONFIG
+    tokenizer: str | None = None
+    shards: int | None = None  # files of each split; None: by the source's size, at least 8
+    workers: int | None = None  # processes; None: one a core
+    deduplicate: bool = False  # leave out documents whose text occurs before in the same split
+    validation: str | None = None  # files to validate on; None: a share of SOURCE is held out
+    holdout: float | None = None  # share that is held out for validation; None: the source's own
+    # what a document of text files is; None: a file
+    document: Literal["file", "paragraph", "line"] | None = None
+    field: str | None = None  # key, column or feature of the text; None: text
+    train_split: str | None = None  # split to train on, of tfds: and hf:; None: train
+    validation_split: str | None = None  # split to validate on, of tfds: and hf:; None: validation
+    # what to do about documents that cannot be used; None: raise an error
+    errors: Literal["raise", "skip"] | None = None
+    json: bool = False  # print one JSON object
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyFlags:
+    json: bool = False  # print one JSON object
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchFlags:
+    workdir: str | None = None  # the run's folder, on a file system that all machines share
+    job_name: str | None = None  # what the scheduler calls it; None: the config file's name
+    out: str = "."  # folder that the files are written to
+    json: bool = False  # print one JSON object
+
+
+@dataclasses.dataclass(frozen=True)
+class ListCheckpointsFlags:
+    json: bool = False  # print one JSON object
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyCheckpointsFlags:
+    at_step: int | None = None  # the step to verify; None: all
+    json: bool = False  # print one JSON object
+
+
+@dataclasses.dataclass(frozen=True)
+class CleanCheckpointsFlags:
+    # remove all but the so many newest, once the newest is verified; None: what was cut off or
+    # set aside as damaged alone
+    keep: int | None = None
+    dry_run: bool = False  # say what would go, and remove nothing
+    json: bool = False  # print one JSON object
+
+
+@dataclasses.dataclass(frozen=True)
+class DoctorFlags:
+    json: bool = False  # print one JSON object
