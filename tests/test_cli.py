@@ -294,19 +294,23 @@ def saved(tmp_path):
 
 def test_train(called, config):
     assert cli.main(["train", str(config)]) == 0
-    assert cli.main(["train", str(config), "--dry-run", "--workdir", "x", "--batch", "4"]) == 0
+    several = ["--coordinator", "h:1", "--processes", "2", "--process-id", "1"]
+    flags = ["--dry-run", "--workdir", "x", "--batch", "4"]
+    assert cli.main(["train", str(config), *flags, *several]) == 0
+    alone = {"coordinator": None, "processes": None, "process_id": None}
+    others = {"coordinator": "h:1", "processes": 2, "process_id": 1}
+    new = {"dry_run": False, "restart": False}
     assert called == [
-        (
-            "train",
-            (run_of(),),
-            {"workdir": pathlib.Path("runs/tiny"), "dry_run": False, "restart": False},
-        ),
+        ("train", (run_of(),), {"workdir": pathlib.Path("runs/tiny")} | new | alone),
         (
             "train",
             (run_of(phase(batch=4)),),
-            {"workdir": pathlib.Path("x"), "dry_run": True, "restart": False},
+            {"workdir": pathlib.Path("x")} | new | {"dry_run": True} | others,
         ),
     ]
+    called.clear()
+    assert cli.main(["train", str(config), "--workdir", "gs://bucket/run"]) == Exit.CONFIG
+    assert not called
 
 
 def test_bench_and_data_show(called, config):
