@@ -77,15 +77,15 @@ def optimizer(kind: type, **options: Any) -> dict[str, Any]:
     return {"optimizer": kind(schedule=SCHEDULE, clip=1.0, rank=RANK, period=PERIOD, **options)}
 
 
-def relora() -> dict[str, Any]:
+def relora(run: Run) -> dict[str, Any]:
     """Four cycles, as the paper's 5,000 of 20,000 steps; without its warm start of full rank, whose
     memory would be that of full rank."""
-    adam = BASE.phases[0].optimizer
-    schedule = Restarts(SCHEDULE, every=100, warmup=10)
+    every = max(2, (run.phases[0].total_steps or 0) // 4)
+    schedule = Restarts(SCHEDULE, every=every, warmup=max(1, every // 10))
     return {
         **weights(LoRA(RANK, 16.0)),
-        "optimizer": dataclasses.replace(adam, schedule=schedule),
-        "updates": (ReLoRA(every=100),),
+        "optimizer.schedule": schedule,
+        "updates": (ReLoRA(every=every),),
     }
 
 
@@ -98,7 +98,7 @@ ARMS = (
     Arm("low_rank", weights(LowRank(RANK)), PLAIN),
     Arm("sltrain", weights(SparsePlusLowRank(RANK, 16.0, Grouped(32))), PLAIN),
     Arm("sltrain_uniform", weights(SparsePlusLowRank(RANK, 16.0, Uniform(1 / 32))), PLAIN),
-    Arm("relora", relora(), PLAIN),
+    Arm("relora", relora, PLAIN),
     Arm("galore", optimizer(GaLore), PROJECTED),
     Arm("fira", optimizer(Fira), PROJECTED),
     Arm("apollo", optimizer(APOLLO), PROJECTED),

@@ -22,7 +22,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,9 +48,16 @@ class Arm:
     """One of the things compared."""
 
     name: str  # also its folder's: letters, digits, "-" and "_"
-    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # as for ``Run.replace``
+    # what differs from the base, as for ``Run.replace``; or a function from the base, as the size
+    # has it, to that (of phases that are made of the base's, say)
+    changes: Mapping[str, Any] | Callable[[Run], Mapping[str, Any]] = dataclasses.field(
+        default_factory=dict
+    )
     # of the study's tuned field; the first stands where nothing is tuned
     values: tuple[Any, ...] = ()
+
+    def changes_of(self, run: Run) -> dict[str, Any]:
+        return dict(self.changes(run) if callable(self.changes) else self.changes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,15 +100,16 @@ class Study:
 
     def run(self, size: Size, arm: Arm, seed: int, value: Any = None, tuning: bool = False) -> Run:
         """The run of one arm. Raises ConfigError where that cannot be."""
-        changes: dict[str, Any] = {**size.changes, **((size.tuning or {}) if tuning else {})}
-        changes |= dict(arm.changes)
+        sized = self.base.replace(
+            **{**size.changes, **((size.tuning or {}) if tuning else {})}, seed=seed
+        )
+        changes = arm.changes_of(sized)
         if self.tuned is not None and value is not None:
             changes[self.tuned] = value
-        # Where an arm replaces what holds the tuned field, the replacement comes first.
-        before = {k: v for k, v in changes.items() if "." not in k}
-        after = {k: v for k, v in changes.items() if "." in k}
-        run = self.base.replace(**before, seed=seed)
-        return run.replace(**after) if after else run
+        # Where an arm replaces what holds another field that changes, the replacement comes first.
+        holders = {name for name in changes if any(k.startswith(f"{name}.") for k in changes)}
+        run = sized.replace(**{k: v for k, v in changes.items() if k in holders})
+        return run.replace(**{k: v for k, v in changes.items() if k not in holders})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +238,8 @@ class Session:
         arms = []
         for arm in study.arms:
             tried = self.tried(arm, finished=True)
-            changes = {name: _shown(value) for name, value in arm.changes.items()}
+            made = arm.changes_of(study.base.replace(**self.size.changes))
+            changes = {name: _shown(value) for name, value in made.items()}
             arms.append({"name": arm.name, "changes": changes, "tried": tried})
         done = {(run["arm"], run["seed"]) for run in runs}
         complete = done.issuperset(itertools.product(study.rule.arms(), self.size.seeds))

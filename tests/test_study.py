@@ -84,6 +84,11 @@ def test_a_claim_is_held_if_all_of_it_is():
     assert rule(diverged).outcome == "not resolved"
 
 
+def lion(run):
+    """Changes that depend on the base as it is at a size."""
+    return {"optimizer": Lion(), "step.accumulate": run.phases[0].steps // 2}
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A study of two arms on two seeds, the learning rate tuned."""
@@ -96,7 +101,7 @@ def small(tmp_path_factory):
         claim="Adam is better than Lion (nobody's claim, 2026)",
         scaled="Everything.",
         base=base,
-        arms=(Arm("adam", values=(1e-2, 1e-3)), Arm("lion", {"optimizer": Lion()}, (1e-3,))),
+        arms=(Arm("adam", values=(1e-2, 1e-3)), Arm("lion", lion, (1e-3,))),
         rule=Relations(Relation("adam", "<", "lion")),
         sizes={
             "quick": Size({"steps": 4}, (0, 1), {"data.half": "tuning", "steps": 2}),
@@ -155,6 +160,7 @@ def test_a_study_runs_resumes_and_reports(small, tmp_path, capsys, trained):
     assert go(argv) == 0
     assert [run.seed for run in trained[4:]] == [1, 0, 1]  # what was finished is skipped
     assert [type(run.phases[0].optimizer) for run in trained[4:]] == [AdamW, Lion, Lion]
+    assert [run.phases[0].step.accumulate for run in trained[4:]] == [1, 2, 2]
     assert list(tmp_path.rglob("checkpoints")) == []
 
     results = json.loads((tmp_path / "quick" / "results.json").read_text())
@@ -173,7 +179,7 @@ def test_a_study_runs_resumes_and_reports(small, tmp_path, capsys, trained):
         "| adam | 0.001 | 2.050 ± 0.635 |  | 1,000 |",
         "| lion | 0.001 | 2.050 ± 0.635 | +0.000 ± 0.000 |",
         "- `adam`: 0.001: 102.000, 0.01: 103.000; taken: 0.001 (at the edge of the grid)",
-        "- `lion`: `optimizer` = `Lion()`",
+        "- `lion`: `optimizer` = `Lion()`, `step.accumulate` = `2`",
         "`python -m experiments.small --quick`, 2026-11-02, commit commit0 and commit1, ",
     ):
         assert words in page
