@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,10 +60,10 @@ Flat = dict[str, jax.Array]
 class LayerwiseStep(Step):
     """As ``Step``, with no more than one layer's gradient at a time.
 
-    Each layer's gradient is clipped by its own norm, and so is that of the rest: of n parts to
-    ``clip`` / sqrt(n), so that the norm of them all is at most ``clip``. (The global norm is not
-    known before the last layer has been reached.) With ``clip`` None the losses are those of
-    ``Step``.
+    Each layer's gradient is clipped by its own norm, and so are those of what stands behind the
+    layers and of what stands before them: of n parts to ``clip`` / sqrt(n), so that the norm of
+    them all is at most ``clip``. (The global norm is not known before the last layer has been
+    reached.) With ``clip`` None the losses are those of ``Step``.
     """
 
     def __post_init__(self):
@@ -134,7 +134,7 @@ def layerwise_step(
         rest = {path: p for path, p in flat.items() if path not in stacked}
         rest = trainable(rest, optimizer.rules)
         stages, sums, pull, reads = _forward(loss, flat, rest, batch, key)
-        parts = 1 + sum(stage.layers.depth // stage.layers.period for stage in stages)
+        parts = 1 + sum(1 + stage.layers.depth // stage.layers.period for stage in stages)
         update = _Update(model, optimizer, state.opt_state.count, parts)
         g_rest, g_outputs = pull(1 / jnp.maximum(sums.count, 1).astype(sums.total.dtype))
         # No zeros in the place of gradients that are still to come.
@@ -142,12 +142,11 @@ def layerwise_step(
         g_rest = {p: g for p, g in g_rest.items() if g is not None and p not in later - reads}
         while stages:
             stage, g_y, g_outputs = stages.pop(), g_outputs[-1], g_outputs[:-1]
-            if update.clip is None:  # which takes all gradients of the rest
-                # Whose gradient is whole; the cotangent's reading of them comes first.
-                later = set().union(*(stage.reads for stage in [stage, *stages]))
-                whole_ones = {p: g_rest.pop(p) for p in list(g_rest) if p not in later}
-                whole_ones, g_y = jax.lax.optimization_barrier((whole_ones, g_y))
-                _rest(whole_ones, flat, own, update)
+            # Whose gradient is whole. The cotangent was made with them: it comes first.
+            later = set().union(*(each.reads for each in [stage, *stages]))
+            done = {p: g_rest.pop(p) for p in list(g_rest) if p not in later}
+            done, g_y = jax.lax.optimization_barrier((done, g_y))
+            _rest(done, flat, own, update)
             more_rest, more_outputs = stage.pull(_backward(stage, g_y, flat, own, update))
             for p in stage.reads:
                 g_rest[p] = g_rest[p] + more_rest[p] if p in g_rest else more_rest[p]
@@ -314,10 +313,12 @@ class _Update:
           norms: before.
           numbers: of the layers, int32 [layers]; None for what is not stacked.
         """
+        scale = jnp.float32(1)
         if self.clip is not None:
-            norms = norms.at[0].add(_square(grads))
-            clip = optax.clip_by_global_norm(self.clip)
-            grads = cast(Flat, clip.update(grads, optax.EmptyState())[0])
+            grads = jax.lax.optimization_barrier(grads)
+            square = _square(grads)
+            scale = jnp.minimum(1.0, self.clip / jnp.sqrt(square))
+            norms = norms.at[0].add(square)
         params, states = dict(params), dict(states)
         # The backward pass comes to the MLP first, which stands last.
         for paths in reversed(list(units(self.rules, grads))):
@@ -333,7 +334,9 @@ class _Update:
                 keys, pair, grad = keys[None], *jax.tree.map(lambda a: a[None], (pair, grad))
             for i, layer in enumerate([0] if at is None else at):
                 one = jax.tree.map(lambda g, i=i: g[i], grad)
-                pair, more = update_in_place(rule, row, pair, one, self.count, keys[layer], layer)
+                pair, more = update_in_place(
+                    rule, row, pair, one, scale, self.count, keys[layer], layer
+                )
                 norms = norms.at[1].add(more)
             if numbers is None:
                 pair = jax.tree.map(lambda a: a[0], pair)

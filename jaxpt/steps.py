@@ -248,7 +248,19 @@ def _like_parameter(
 
 
 def _kept_axes(full: tuple[int, ...], axes: tuple, shape: tuple[int, ...]):
-    """Logical axes of a reduced copy of a tensor (factored moments), or None if it is no such."""
+    """Logical axes of a reduced copy of a tensor, or None if it is no such.
+
+    With as many dimensions (moments in a subspace, what projects onto it, scales of blocks) a side
+    that is as long as the tensor's has its axis: the same side's, else another's, for what is
+    turned round. With fewer (factored moments) the sides that are left are in order.
+    """
+    if len(shape) == len(full):
+        own = [axis if n == m else None for axis, n, m in zip(axes, full, shape, strict=True)]
+        for i, size in enumerate(shape):
+            if own[i] is None:
+                others = (a for a, n in zip(axes, full, strict=True) if n == size and a not in own)
+                own[i] = next(others, None)
+        return tuple(own)
     kept, at = [], 0
     for size in shape:
         while at < len(full) and full[at] != size:

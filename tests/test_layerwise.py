@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from test_steps import FACTORED, host_batches, program_of
 from tiny import tiny_run
 
@@ -20,6 +21,7 @@ from jaxpt.objectives.span_corruption import SpanCorruption
 from jaxpt.optimizers import SGD, AdamW, GaLore, Group
 from jaxpt.state import flatten
 from jaxpt.steps import Step
+from jaxpt.weights import Dense
 
 STEPS = 6
 
@@ -73,11 +75,21 @@ def test_equals_the_ordinary_step(tmp_path, kind, objective, changes):
 
 
 def test_eight_devices_equal_one(tmp_path):
-    changes = {"model.weights": FACTORED, "step": LayerwiseStep(), "optimizer.clip": None}
+    optimizer = GaLore(1e-2, clip=None, rank=4, period=3)
+    weights = (("*/mlp/up", Dense()), *FACTORED)
+    changes = {"model.weights": weights, "step": LayerwiseStep(), "optimizer": optimizer}
     run = tiny_run(tmp_path, **changes)
-    meshes = (Mesh(devices=1), Mesh(data=2, fsdp=2, tensor=2))
-    one, eight = (trained(dataclasses.replace(run, mesh=mesh), 4)[0] for mesh in meshes)
+    runs = [dataclasses.replace(run, mesh=m) for m in (Mesh(devices=1), Mesh(fsdp=2, tensor=2))]
+    one, eight = (trained(each, 4)[0] for each in runs)
     np.testing.assert_allclose(one, eight, rtol=1e-5)
+    # What GaLore keeps is cut as its parameters are: along the side that it has of them.
+    state = flatten(program_of(runs[1]).abstract.opt_state)
+    cut = {path: leaf.sharding.spec for path, leaf in state.items() if "mlp/up/w" in path}
+    assert cut == {
+        "states/decoder/layers/mlp/up/w/projector": PartitionSpec(None, "fsdp", None),
+        "states/decoder/layers/mlp/up/w/moments/mu": PartitionSpec(None, None, "tensor"),
+        "states/decoder/layers/mlp/up/w/moments/nu": PartitionSpec(None, None, "tensor"),
+    }
 
 
 def test_clipping_bounds_the_norm_of_all_parts(tmp_path):
@@ -87,7 +99,7 @@ def test_clipping_bounds_the_norm_of_all_parts(tmp_path):
     _, ((grad, update, _), *_), _ = trained(run, 1)
     assert grad > 0.1
     assert update <= 0.01 * (1 + 1e-5)
-    # All three parts, two layers and the rest, were longer than their share.
+    # All four parts, two layers, what is behind and before them, were longer than their share.
     assert update == pytest.approx(0.01, rel=1e-4)
 
 

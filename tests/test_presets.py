@@ -52,6 +52,7 @@ def test_counts_without_a_published_figure_by_hand():
         presets.llama_350m: (1024, 2736, 24),
         presets.llama_1b: (2048, 5461, 24),
         presets.llama_7b: (4096, 11008, 32),
+        presets.llama_13b: (5120, 13824, 40),
     }
     for preset, (d, f, layers) in sizes.items():
         count = 2 * 32000 * d + layers * (attention(d) + 3 * d * f + 2 * d) + d

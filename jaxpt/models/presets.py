@@ -177,6 +177,11 @@ def llama_7b() -> Transformer:
     return _llama(4096, 11008, 32, 32)
 
 
+def llama_13b() -> Transformer:
+    """LLaMA 13B (Touvron et al. 2023)."""
+    return _llama(5120, 13824, 40, 40)
+
+
 # function -> (vocabulary size, parameters). Parameters are those of the published checkpoints as
 # Hugging Face counts them (BERT and RoBERTa: the masked-LM model), of UL2 and the GaLore LLaMAs
 # those that their published configs come to (the papers round: 20B; 58M, 134M, 368M, 1339M, 6738M).
@@ -200,4 +205,5 @@ PUBLISHED: dict[Callable[[], Transformer], tuple[int, int]] = {
     llama_350m: (32000, 367_969_280),
     llama_1b: (32000, 1_339_082_752),
     llama_7b: (32000, 6_738_415_616),
+    llama_13b: (32000, 13_015_864_320),
 }

@@ -22,7 +22,14 @@ BLOCK_ENTRIES = 2**22
 
 
 def update_in_place(
-    rule: Rule, tensor: Tensor, stacks: Any, grad: Any, count: jax.Array, key: jax.Array, at
+    rule: Rule,
+    tensor: Tensor,
+    stacks: Any,
+    grad: Any,
+    scale: jax.Array,
+    count: jax.Array,
+    key: jax.Array,
+    at: Any,
 ) -> tuple[Any, jax.Array]:
     """Updates array number ``at`` of a stack of parameters and that of their states.
 
@@ -31,6 +38,7 @@ def update_in_place(
       tensor: row of the table, of one array.
       stacks: (parameters [L, ...], states, a pytree of arrays [L, ...]).
       grad: of the one array.
+      scale: factor of the gradient, float32 scalar.
       count: updates made before this one.
       key: of the one array.
       at: int32 scalar.
@@ -41,7 +49,7 @@ def update_in_place(
     ways, size = block_rows(tensor) if rule.elementwise else (1, None)
     if size is None:
         old = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, at, keepdims=False), stacks)
-        new, square = _changed(rule, old, grad, count, key)
+        new, square = _changed(rule, old, grad, scale, count, key)
         put = jax.lax.dynamic_update_index_in_dim
         return jax.tree.map(lambda a, b: put(a, b, at, 0), stacks, new), square
     rows = grad.shape[0] // ways
@@ -59,7 +67,7 @@ def update_in_place(
             lambda a: jax.lax.dynamic_slice(a, place(a), (1, ways, size, *a.shape[3:]))[0], stacks
         )
         part = jax.lax.dynamic_slice_in_dim(grads, start, size, axis=1)
-        new, more = _changed(rule, old, part, count, jax.random.fold_in(key, start))
+        new, more = _changed(rule, old, part, scale, count, jax.random.fold_in(key, start))
         put = jax.lax.dynamic_update_slice
         return jax.tree.map(lambda a, b: put(a, b[None], place(a)), stacks, new), square + more
 
@@ -85,10 +93,11 @@ def block_rows(tensor: Tensor) -> tuple[int, int | None]:
     return ways[0], None if size >= held[0] else size
 
 
-def _changed(rule: Rule, old: Any, grad: Any, count: jax.Array, key: jax.Array):
+def _changed(rule: Rule, old: Any, grad: Any, scale: jax.Array, count: jax.Array, key: jax.Array):
     """((parameter, state) after the update, sum of the squares of the change)."""
     # Read, changed, written: without the barriers XLA keeps a copy of what is written to.
     (param, state), grad = jax.lax.optimization_barrier((old, grad))
+    grad = jax.tree.map(lambda g: (scale * g).astype(g.dtype), grad)
     change, state = rule.update(grad, state, param, count, key)
     square = optax.tree.norm(jax.tree.map(lambda c: c.astype(jnp.float32), change), squared=True)
     param = jax.tree.map(lambda p, c: (p + c).astype(p.dtype), param, change)

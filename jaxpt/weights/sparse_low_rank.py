@@ -67,9 +67,15 @@ class SparsePlusLowRankModule(WeightModule):
         self.b = scope.param("b", (rank, d_out), ("rank", axes[1]), Constant(0.0), fan_in=rank)
         places = support.axes(axes)
         self.values = scope.param("values", held, places, kaiming, fan_in=d_in, kind="sparse")
-        self.indices = scope.constant(
-            "indices", held, places, lambda key: support.draw(key, d_in, d_out), support.dtype
-        )
+        if support.kept:
+            self.indices = scope.constant(
+                "indices", held, places, lambda key: support.draw(key, d_in, d_out), support.dtype
+            )
+        else:
+            words = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+            self.indices = scope.constant(
+                "indices", words.shape, (None,), jax.random.key_data, words.dtype.name
+            )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return low_rank_sparse(x, *self._arrays(), scale=self.scale, group=self.support.group)
@@ -81,7 +87,7 @@ class SparsePlusLowRankModule(WeightModule):
         """Nearly the nearest, on this support: S and A B take the rest of one another in turn
         (alternating projections; Zhou and Tao 2011, "GoDec", algorithm 1)."""
         matrix, shape = matrix.astype(jnp.float32), matrix.shape
-        rank, indices = self.a.shape[1], self.indices[...]
+        rank, indices = self.a.shape[1], self._arrays()[-1]
         sparse = jnp.zeros(self.values.shape, jnp.float32)
 
         def round_(_, carry):
@@ -95,4 +101,8 @@ class SparsePlusLowRankModule(WeightModule):
         return replaced(self, a=a / self.scale, b=b, values=sparse)
 
     def _arrays(self) -> tuple[jax.Array, ...]:
-        return self.a[...], self.b[...], self.values[...], self.indices[...]
+        a, b, indices = self.a[...], self.b[...], self.indices[...]
+        if not self.support.kept:
+            key = jax.random.wrap_key_data(indices)
+            indices = self.support.draw(key, a.shape[0], b.shape[1])
+        return a, b, self.values[...], indices

@@ -16,6 +16,11 @@ from kernels.low_rank_sparse import gather, held_shape, spread
 class Support:
     """Where the held entries of a [d_in, d_out] matrix lie. Values and indices have one shape."""
 
+    @property
+    def kept(self) -> bool:
+        """Whether indices are; else the key that they are drawn with, at every use."""
+        return True
+
     def shape(self, d_in: int, d_out: int) -> tuple[int, ...]:
         """Shape of the array of values, and of that of indices. Raises ConfigError."""
         raise NotImplementedError
@@ -53,14 +58,20 @@ class Grouped(Support):
 
     An index is one byte. The matrix is made by comparing positions with it: no scatter, no
     gather, and rows and groups of columns may lie on devices of their own. Where ``size`` does
-    not divide the row, its last group is shorter.
+    not divide the row, its last group is shorter. Where indices are not stored, a matrix costs as
+    many random words more each time, and 1 / size bytes less an entry.
     """
 
     size: int = 32  # consecutive entries of a row of which one is held; at most 256
+    stored: bool = True  # keep the indices; False: draw them again, from a key, at every use
 
     def __post_init__(self):
         if not 1 <= self.size <= 256:
             raise ConfigError("size", f"{self.size} is not valid; give 1 to 256")
+
+    @property
+    def kept(self):
+        return self.stored
 
     @property
     def group(self):

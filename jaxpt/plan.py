@@ -1,0 +1,172 @@
+"""What a phase's train step takes on chips that are not here: compiled ahead of time for a
+described topology, on a machine with neither TPU nor GPU.
+
+    plan(program_on(run, "v5p:2x2x1"))
+
+A topology is a chip and how many of them: ``v5p:2x2x1`` as libtpu names it, or a number, ``v5e:1``
+or ``h100:8`` (GPUs of one host). TPUs take libtpu (``pip install "jax[tpu]"``), GPUs JAX's CUDA
+plugin (``pip install "jax[cuda12]"``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import os
+import time
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from jaxpt.errors import ConfigError
+from jaxpt.program import Program
+from jaxpt.run import Run
+
+# The smallest topology that libtpu describes: one host's chips.
+HOST = {"v4": "2x2x1", "v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2"}
+
+_GPU = """
+gpu_device_info {{
+  threads_per_block_limit: 1024  threads_per_warp: 32
+  shared_memory_per_block: 49152  shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448
+  threads_per_core_limit: 2048  core_count: 132  fpus_per_core: 128
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  memory_bandwidth: {bandwidth}  l2_cache_size: 52428800  clock_rate_ghz: 1.98
+  device_memory_size: {memory}
+  cuda_compute_capability {{ major: 9 minor: 0 }}
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 1 patch: 1 }}
+runtime_version {{ major: 12 minor: 8 }}
+device_description_str: "{name}"
+"""
+# What a driver says of the chip, in XLA's text format for target configurations.
+GPUS = {
+    "h100": _GPU.format(name="NVIDIA H100 80GB HBM3", memory=84978434048, bandwidth=3352320000000),
+    "h200": _GPU.format(name="NVIDIA H200", memory=150109880320, bandwidth=4800000000000),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Of one device, in bytes, as the compiler has it.
+
+    devices: how many there are.
+    parameters, state: of the arguments: the parameters, and what the optimizer and the updates
+      keep.
+    aliased: outputs that take the place of arguments.
+    flops: of a step, on all devices: the model's own, whatever the compiled program adds.
+    seconds: that the compilation took.
+    """
+
+    devices: int
+    parameters: int
+    state: int
+    arguments: int
+    outputs: int
+    temporaries: int
+    aliased: int
+    flops: float
+    seconds: float
+
+    @property
+    def peak(self) -> int:
+        """Arguments, outputs and temporaries, what is aliased counted once."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries
+
+
+def plan(program: Program) -> Plan:
+    """Compiles the program's train step for its mesh, and reads off what it takes."""
+    began = time.perf_counter()
+    analysis = program.train_step.program.memory_analysis()
+    state = program.abstract
+    return Plan(
+        devices=program.layout.mesh.size,
+        parameters=_bytes(state.params),
+        state=_bytes((state.opt_state, state.extra)),
+        arguments=analysis.argument_size_in_bytes,
+        outputs=analysis.output_size_in_bytes,
+        temporaries=analysis.temp_size_in_bytes,
+        aliased=analysis.alias_size_in_bytes,
+        flops=program.flops_per_step,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def program_on(run: Run, topology: str, vocabulary: Any, phase: int = 0) -> Program:
+    """A phase of a run on the mesh that its config makes of a topology's devices.
+
+    Args:
+      vocabulary: the ``Vocabulary`` of its tokenizer.
+
+    Raises:
+      ConfigError: a topology that is not known, or that nothing here can compile for.
+    """
+    return Program(run, phase, vocabulary, run.mesh.build(devices_of(topology)))
+
+
+def devices_of(topology: str) -> list[Any]:
+    """The devices of a described topology, of which there need be none here.
+
+    Raises:
+      ConfigError: a topology that is not known, or that nothing here can compile for.
+    """
+    chip, _, shape = topology.partition(":")
+    known = ", ".join([*HOST, *GPUS])
+    if chip not in HOST and chip not in GPUS:
+        raise ConfigError("topology", f"{topology!r}: no chip {chip!r}; known: {known}")
+    sizes = shape.split("x")
+    if not all(size.isdigit() and int(size) for size in sizes):
+        raise ConfigError(
+            "topology", f"{topology!r} is not CHIP:NUMBER or CHIP:AxBxC, as v5e:1 or v5p:2x2x1"
+        )
+    count = math.prod(int(size) for size in sizes)
+    if chip in GPUS:
+        return _gpus(chip, count)
+    return _tpus(topology, chip, shape if len(sizes) > 1 else None, count)
+
+
+def _gpus(chip: str, count: int) -> list[Any]:
+    if not any(importlib.util.find_spec(f"jax_cuda{v}_plugin") for v in (12, 13)):
+        raise ConfigError(
+            "topology", f'{chip}: JAX\'s CUDA plugin is missing: pip install "jax[cuda12]"'
+        )
+    described = topologies.get_topology_desc(
+        platform="cuda",
+        topology_name=chip,
+        target_config=GPUS[chip],
+        topology=f"1x1x{count}",
+    )
+    return list(described.devices)
+
+
+def _tpus(topology: str, chip: str, shape: str | None, count: int) -> list[Any]:
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError("topology", f'{topology}: libtpu is missing: pip install "jax[tpu]"')
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+    try:
+        described = topologies.get_topology_desc(
+            platform="tpu", topology_name=f"{chip}:{shape or HOST[chip]}"
+        )
+    except jax.errors.JaxRuntimeError as error:
+        raise ConfigError("topology", f"{topology}: libtpu says: {error}") from None
+    devices = list(described.devices)
+    if count > len(devices):
+        raise ConfigError(
+            "topology",
+            f"{topology}: by number no more than the {len(devices)} of {chip}:{HOST[chip]}; "
+            "name the shape",
+        )
+    return devices[:count]
+
+
+def _bytes(tree: Any) -> int:
+    """Of the part of these arrays that one device holds."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
