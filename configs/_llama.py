@@ -38,12 +38,13 @@ from jaxpt.optimizers import (
     Cosine,
     Fira,
     GaLore,
+    Grass,
     Optimizer,
     Restarts,
     StableSPAM,
 )
 from jaxpt.run import Phase, Run
-from jaxpt.weights import Dense, Grouped, LoRA, LowRank, SparsePlusLowRank, Weight
+from jaxpt.weights import Dense, Grouped, LoRA, LowRank, Rows, SparsePlusLowRank, Weight
 
 DATA = Corpus()  # the papers': Tfds("c4/en:3.0.1"), from jaxpt.data.tfds
 
@@ -198,6 +199,13 @@ def fira(name: Name) -> Run:
     return pretraining(name, Fira(**settings, scale=scale))
 
 
+def grass(name: Name) -> Run:
+    """Adam for the rows of each gradient that are longest, of which alone gradients are made
+    (Muhamed et al. 2024; with GaLore's settings, ours)."""
+    optimizer = Grass(**projected(name), scale=0.25)
+    return pretraining(name, optimizer, Rows(SIZES[name].rank))
+
+
 def apollo(name: Name) -> Run:
     """Gradients scaled as Adam would in a random subspace (Zhu et al. 2024, scripts)."""
     rank = {"60m": 128, "130m": 192, "350m": 256, "1b": 256, "7b": 256}[name]
@@ -219,7 +227,7 @@ def apollo_mini(name: Name) -> Run:
 
 
 def projected(name: Name, rank: int | None = None) -> dict[str, Any]:
-    """GaLore's and Fira's common settings."""
+    """GaLore's, Fira's and Grass's common settings."""
     lr, period = (5e-3, 500) if name == "7b" else (1e-2, 200)
     rank = rank or SIZES[name].rank
     return {"lr": lr, "schedule": SCHEDULE, "rank": rank, "period": period, "eps": 1e-6}

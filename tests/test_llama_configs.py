@@ -24,7 +24,7 @@ FOLDER = pathlib.Path(__file__).parent.parent / "configs"
 LLAMA: Any = load_module(FOLDER / "_llama.py")
 METHODS = (
     *("full", "low_rank", "sltrain", "relora", "loro"),
-    *("galore", "fira", "apollo", "apollo_mini", "spam", "stable_spam"),
+    *("galore", "fira", "grass", "apollo", "apollo_mini", "spam", "stable_spam"),
 )
 SIZES = ("60m", "130m", "350m", "1b", "7b")
 BILLIONS = dict(zip(SIZES, (1.3, 2.6, 7.8, 13.1, 19.7), strict=True))
