@@ -13,7 +13,7 @@ from attention_cases import relative, rows_of, shapes, step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.attention import ALiBi, alibi_slopes, attention, blocks, gpu, gpu_parts
+from kernels.attention import ALiBi, RelativeBias, alibi_slopes, attention, blocks, gpu, gpu_parts
 from kernels.attention.gpu_parts import Plan, Size
 from kernels.attention.rule import allowed
 
@@ -57,7 +57,6 @@ def test_tables_leave_what_the_rule_leaves(seed, lengths, causal, window, marks,
         given["positions"], given["kv_positions"] = (
             rng.permutation(100)[:n][None].astype(np.int32) for n in lengths
         )
-        reach = 0
     rule = blocks.Rule(
         queries, keys, size.queries, size.keys, causal=causal, window=window,
         segments="segments" in given, prefix="prefix" in given, positions="positions" in given,
@@ -167,6 +166,8 @@ def test_positions_in_any_order():
     }
     bias = ALiBi(jnp.asarray(alibi_slopes(2)))
     compare((2, 80, 2, 16), marks, bias, causal=True, window=60, softcap=4.0)
+    marks["positions"] *= 3  # distances beyond the length of the rows
+    compare((2, 80, 2, 16), marks, relative(2, True, 150, buckets=6), groups=1)
 
 
 def test_under_transformations():
@@ -188,6 +189,32 @@ def test_lowers_for_gpus_without_one(model, length, kernels):
     traced = jax.jit(step(bias, "pallas_gpu")).trace(*arguments)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("xla.gpu.triton") == kernels
+
+
+@pytest.mark.parametrize(
+    ("bias", "given"),
+    [
+        (relative(4, True), {"causal": True, "prefix": True, "softcap": 3.0}),
+        (relative(4, True), {"positions": True, "causal": True, "window": 40}),
+        (relative(4, True), {}),
+        (ALiBi(jnp.ones(4)), {"segments": True, "causal": True}),
+        (None, {"window": 30, "positions": True}),
+    ],
+)
+def test_every_argument_lowers(bias, given):
+    shape = jax.ShapeDtypeStruct((2, 300, 4, 32), jnp.float32)
+    rows = jax.ShapeDtypeStruct((2, 300), jnp.int32)
+    marks = {name: rows for name in ("prefix", "segments", "positions") if name in given}
+    static = {name: x for name, x in given.items() if name not in marks}
+
+    def total(q, k, bias, marks):
+        out = attention(q, k, k, bias=bias, implementation="pallas_gpu", **marks, **static)
+        return out.sum()
+
+    traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(shape, shape, bias, marks)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    by_diagonals = isinstance(bias, RelativeBias) and "positions" not in given
+    assert text.count("xla.gpu.triton") == 3 + by_diagonals
 
 
 # A description of the chip, so that programs compile where there is none.
@@ -239,7 +266,6 @@ def test_compiles_for_gpus(model, length):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"bias": relative(2, True), "positions": jnp.arange(4)}, "bias .T5's, at positions"),
         ({"dropout": (0.1, 0)}, "dropout"),
         ({"bias": jnp.zeros((2, 4, 4))}, "bias .an array"),
     ],

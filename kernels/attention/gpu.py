@@ -39,10 +39,11 @@ class Sizes:
 def sizes_of(width: int, dtype) -> Sizes:
     """Blocks for heads of ``width`` (a power of two; of values, if that is more).
 
-    Chosen by what ptxas says of kernels with T5's bias in causal order within segments, for
-    compute capabilities 8.0, 8.9 and 9.0: the largest of those tried in which no register spills
-    (a few bytes at 128; T5's bias in float32 at 128 and more spills) and whose shared memory,
-    of at most 96 KiB on 8.0 and 8.9, fits every one of them. No time was measured.
+    Chosen by what ptxas 12.9 says of the kernels for compute capabilities 8.0, 8.9 and 9.0, with
+    each bias and kind of mask: the largest of those tried that keep to the registers and, on 8.0
+    and 8.9, to 97 KiB of shared memory, so that every one of the three can run them. Less than 100
+    bytes a thread spill, but for float32 and T5's bias: 280 at width 128, 9 KB at 256. No time was
+    measured.
     """
     if dtype == jnp.float32 and width <= 64:
         return Sizes(Size(32, 32), Size(32, 32), Size(32, 32), Size(32, 32))

@@ -162,7 +162,7 @@ def score(plan: Plan, ref, products, q: dict, k: dict, near: bool, masked: bool,
         if near:
             s = s + ref["strip"][first + _on_strip(plan, ahead)]
         else:
-            s = s + ref["strip"][first + _end(plan, q, k)]
+            s = s + ref["strip"][first + _after(plan, q, k) * (plan.span - 1)]
     if plan.sloped:
         s = s - ref["slopes"][head] * jnp.abs(ahead).astype(jnp.float32)
     if masked:
@@ -175,11 +175,10 @@ def _on_strip(plan: Plan, ahead):
     return jnp.minimum(jnp.maximum(ahead, -plan.reach), plan.reach) + plan.reach
 
 
-def _end(plan: Plan, q: dict, k: dict):
-    """Of a block beyond the strip: the index of the strip's end on its side."""
-    if not plan.ahead:
-        return 0
-    return jnp.where(k["start"] > q["start"], plan.span - 1, 0)
+def _after(plan: Plan, q: dict, k: dict):
+    """1 if a block beyond the strip has later keys, else 0. (As a number: Triton's lowering takes
+    no choice between two constants.)"""
+    return (k["start"] > q["start"]).astype(jnp.int32) if plan.ahead else 0
 
 
 def _seen(rule: Rule, q: dict, k: dict, ahead):
@@ -205,8 +204,8 @@ def beyond(plan: Plan, ds, q: dict, k: dict, ahead, near: bool):
     strip's ends, [queries] each: before the query, and after it where such keys are seen."""
     if not near:
         total = jnp.sum(ds, axis=1)
-        after = _end(plan, q, k) > 0
-        return [jnp.where(after, 0.0, total), jnp.where(after, total, 0.0)][: 1 + plan.ahead]
+        after = jnp.float32(_after(plan, q, k))
+        return [total * (1 - after), total * after][: 1 + plan.ahead]
     ends = [ahead <= -plan.reach, ahead >= plan.reach][: 1 + plan.ahead]
     return [jnp.sum(jnp.where(end, ds, 0.0), axis=1) for end in ends]
 
