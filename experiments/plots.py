@@ -64,7 +64,7 @@ def costs(results: dict[str, Any]) -> Any:
     for axes, key, unit in zip(
         panels,
         ("parameters", "training_bytes"),
-        ("parameters, millions", "parameters, gradients and optimizer state, MB"),
+        ("trained parameters, millions", "parameters, gradients and optimizer state, MB"),
         strict=True,
     ):
         for i, (name, runs) in enumerate(by_arm(results).items()):

@@ -78,7 +78,7 @@ def costs(results: dict[str, Any]) -> list[dict[str, str]]:
                 **({str(results["tuned"]): f"{one['value']:g}"} if results["tuned"] else {}),
                 "loss": spread(interval([number(run["loss"]) for run in own])),
                 f"less {first}": apart,
-                "parameters": f"{one['parameters']:,}",
+                "trained parameters": f"{one['parameters']:,}",
                 "training MB": f"{one['training_bytes'] / 1e6:.1f}",
                 "program MB": _megabytes(one["program_bytes"]),
                 "model FLOPs": f"{one['flops']:.3g}",
