@@ -13,7 +13,17 @@ from attention_cases import relative, rows_of, shapes, step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.attention import ALiBi, RelativeBias, alibi_slopes, attention, blocks, gpu, gpu_parts
+from kernels.attention import (
+    ALiBi,
+    RelativeBias,
+    alibi_slopes,
+    attention,
+    blocks,
+    gpu,
+    gpu_cost,
+    gpu_parts,
+)
+from kernels.attention.cases import Case
 from kernels.attention.gpu_parts import Plan, Size
 from kernels.attention.rule import allowed
 
@@ -109,6 +119,27 @@ def test_cost_follows_the_mask():
     segments = np.repeat(np.arange(5) + 1, np.array(documents) * 32)[None]
     assert visited(segments) == sum(d * d for d in documents)
     assert visited(segments, causal=True) == sum(d * (d + 1) // 2 for d in documents)
+
+
+def test_costs_are_of_the_blocks_visited():
+    def total(**changes):
+        found = gpu_cost.costs(Case(length=4096, **changes))
+        return {cost.name: cost for cost in found}
+
+    full, half = total(causal=False)["forward"], total()["forward"]
+    assert full.flops == Case(length=4096, causal=False).flops()
+    blocks = 4096 // 128, 4096 // 64
+    assert half.blocks == 4 * 16 * (blocks[0] * (blocks[0] + 1))  # two of keys a block of queries
+    assert half.flops > Case(length=4096).flops()
+    assert total(documents=4)["forward"].blocks < half.blocks / 3
+    with_bias = total(backward=True, bias="t5")
+    assert set(with_bias) == {"forward", "keys", "queries", "bias"}
+    # The bias's kernel grows with the length, the others with its square.
+    longer = {c.name: c for c in gpu_cost.costs(Case(length=8192, backward=True, bias="t5"))}
+    assert longer["bias"].flops == 2 * with_bias["bias"].flops
+    assert longer["keys"].flops > 3.8 * with_bias["keys"].flops
+    text = gpu_cost.report(Case(backward=True), gpu_cost.CHIPS["h100"])
+    assert [line.split()[0] for line in text.splitlines()[1:4]] == ["forward", "keys", "queries"]
 
 
 # ------------------------------------------------------------------- values and gradients

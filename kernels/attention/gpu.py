@@ -97,48 +97,28 @@ def attention(
     if refused is not None:
         raise NotImplementedError(f"implementation='pallas_gpu' does not serve this {refused}")
     queries, keys = q.shape[1], k.shape[1]
-    sizes = sizes or sizes_of(_width(max(q.shape[-1], v.shape[-1])), q.dtype)
     placed = positions is not None or kv_positions is not None
-    ordered = causal or window is not None or bias is not None
-
-    reach = buckets = 0
-    if isinstance(bias, RelativeBias):
-        reach = bias.max_distance if placed else min(bias.max_distance, max(queries, keys))
-        buckets = bias.table.shape[-1] if placed else 0
-
-    def plan(size: Size, square: bool) -> Plan:
-        bq, bk = min(size.queries, _width(queries)), min(size.keys, _width(keys))
-        bq, bk = (min(bq, bk),) * 2 if square else (bq, bk)
-        rule = Rule(
-            queries,
-            keys,
-            bq,
-            bk,
-            causal=causal,
-            window=window,
-            segments=segments is not None,
-            prefix=prefix is not None,
-            positions=placed and ordered,
-        )
-        return Plan(
-            rule,
-            dataclasses.replace(size, queries=bq, keys=bk),
-            scale=float(scale),
-            softcap=softcap,
-            reach=reach,
-            buckets=buckets,
-            sloped=isinstance(bias, ALiBi),
-            interpret=interpret,
-        )
-
-    plans = Plans(
-        plan(sizes.forward, False),
-        plan(sizes.keys, False),
-        plan(sizes.queries, False),
-        plan(sizes.bias, True),
+    placed = placed and (causal or window is not None or bias is not None)
+    plans = plans_for(
+        queries,
+        keys,
+        max(q.shape[-1], v.shape[-1]),
+        q.dtype,
+        bias,
+        sizes,
+        {
+            "causal": causal,
+            "window": window,
+            "segments": segments is not None,
+            "prefix": prefix is not None,
+            "positions": placed,
+        },
+        scale=float(scale),
+        softcap=softcap,
+        interpret=interpret,
     )
     marks = {"segments": segments, "kv_segments": kv_segments, "prefix": prefix}
-    if placed and ordered:
+    if placed:
         marks["positions"] = _positions(positions, queries)
         marks["kv_positions"] = _positions(kv_positions, keys)
     results: Any = _attend(plans, q, k, v, bias, marks)
@@ -161,7 +141,30 @@ class Plans:
         return max(r.padded_queries for r in rules), max(r.padded_keys for r in rules)
 
 
-def _width(n: int) -> int:
+def plans_for(
+    queries: int, keys: int, width: int, dtype, bias, sizes: Sizes | None, rule: dict, **options
+) -> Plans:
+    """The kernels' plans. ``rule``: the fields of ``Rule`` but for lengths and blocks;
+    ``options``: those of ``Plan`` but for what follows from the rest."""
+    sizes = sizes or sizes_of(power_of_two(width), dtype)
+    if isinstance(bias, RelativeBias):
+        reach = min(bias.max_distance, max(queries, keys))
+        buckets = 0
+        if rule["positions"]:
+            reach, buckets = bias.max_distance, bias.table.shape[-1]
+        options |= {"reach": reach, "buckets": buckets}
+
+    def plan(size: Size, square: bool = False) -> Plan:
+        bq, bk = min(size.queries, power_of_two(queries)), min(size.keys, power_of_two(keys))
+        bq, bk = (min(bq, bk),) * 2 if square else (bq, bk)
+        size = dataclasses.replace(size, queries=bq, keys=bk)
+        sloped = isinstance(bias, ALiBi)
+        return Plan(Rule(queries, keys, bq, bk, **rule), size, sloped=sloped, **options)
+
+    return Plans(plan(sizes.forward), plan(sizes.keys), plan(sizes.queries), plan(sizes.bias, True))
+
+
+def power_of_two(n: int) -> int:
     """The next power of two, and enough for a product."""
     return max(LEAST, 1 << (n - 1).bit_length())
 
@@ -207,7 +210,7 @@ def _gradients(plans: Plans, q, k, v, bias, marks, out, lse, g):
     queries, keys = plans.forward.rule.queries, plans.forward.rule.keys
     length = plans.padded[0]
     delta = (out.astype(jnp.float32) * g.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
-    arrays["do"] = _pad(g, {1: length, 3: _width(g.shape[-1])})
+    arrays["do"] = _pad(g, {1: length, 3: power_of_two(g.shape[-1])})
     # Queries of padding have probabilities of zero.
     arrays["lse"] = _pad(lse, {2: length}, -MASKED)
     arrays["delta"] = _pad(delta, {2: length})
@@ -269,7 +272,7 @@ def _padded(plans: Plans, q, k, v, marks):
     arrays int32, [B, length] for the kernels and as given for the tables."""
     lengths = dict(zip("qk", plans.padded, strict=True))
     arrays = {
-        name: _pad(x, {1: lengths["q" if name == "q" else "k"], 3: _width(x.shape[-1])})
+        name: _pad(x, {1: lengths["q" if name == "q" else "k"], 3: power_of_two(x.shape[-1])})
         for name, x in (("q", q), ("k", k), ("v", v))
     }
     marks = {name: x.astype(jnp.int32) for name, x in marks.items() if x is not None}

@@ -204,9 +204,7 @@ def of_strip(plan: Plan, arrays: dict, rows: dict, bias: dict, sums):
     q, k, v = (arrays[name] for name in ("q", "k", "v"))
     (batch, _, heads, _), groups = q.shape, k.shape[2]
     each, size = heads // groups, plan.size.queries
-    # The blocks of a diagonal n away hold distances from (n - 1) * size + 1 on.
-    far = -(-(plan.reach - 1) // size)
-    first, tiles = -far, 2 * far + 1 if plan.ahead else far + 1
+    first, tiles = diagonals(plan)
     count = batch * plan.rule.query_blocks
     pieces = min(-(-count // LEAST_BLOCKS), -(-BIAS_PROGRAMS // (heads * tiles)))
     most = -(-count // pieces)
@@ -244,6 +242,13 @@ def of_strip(plan: Plan, arrays: dict, rows: dict, bias: dict, sums):
     ends = sums.sum((0, 2)).T  # [1 or 2, N]
     strip = strip.at[:, 0].set(ends[0])
     return strip.at[:, -1].set(ends[1]) if plan.ahead else strip
+
+
+def diagonals(plan: Plan) -> tuple[int, int]:
+    """The first of the diagonals of blocks that hold distances within the strip, and how many."""
+    # The blocks of a diagonal n away hold distances from (n - 1) * size + 1 on.
+    far = -(-(plan.reach - 1) // plan.size.queries)
+    return -far, 2 * far + 1 if plan.ahead else far + 1
 
 
 def _strip_of(plan: Plan, tiles, first: int):
