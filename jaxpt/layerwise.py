@@ -29,6 +29,7 @@ from jax.extend.core import Var
 
 from jaxpt.errors import ConfigError
 from jaxpt.growth.base import Update, UpdateFunction, bound
+from jaxpt.models import stacking
 from jaxpt.models.model import Model
 from jaxpt.models.stack import Layers, running
 from jaxpt.objectives.base import Batch, Objective
@@ -129,7 +130,7 @@ def layerwise_step(
 
     def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
-        state = begun(optimizer, loss, state, batch, key)
+        state = begun(optimizer, _sparing(loss), state, batch, key)
         flat, own = flatten(state.params), _states(state.opt_state, state.params)
         rest = {path: p for path, p in flat.items() if path not in stacked}
         rest = trainable(rest, optimizer.rules)
@@ -220,6 +221,26 @@ def _forward(loss: LossFunction, flat: Flat, rest: Any, batch: Batch, key: jax.A
         y, inputs = jax.lax.scan(body, x, (layers.by_period(params), *keys))
         stages.append(Stage(layers, context, shared, keys, inputs, pull, reads))
         outputs.append(y)
+
+
+def _sparing(loss: LossFunction) -> LossFunction:
+    """The loss, for gradients of a few numbers in an ordinary backward pass: that, too, keeps of
+    the stacks no more than the layers' inputs."""
+
+    def runner(layers, x, context, key):
+        keys = None if key is None else jax.random.split(key, layers.depth)
+        params = stacking.split(layers.layers)[1]
+        unit = jax.checkpoint(
+            lambda x, xs: layers.unit(context)(x, None, *xs)[0], prevent_cse=False
+        )
+        xs = layers.by_period((params, keys, jnp.arange(layers.depth)))
+        return jax.lax.scan(lambda x, xs: (unit(x, xs), None), x, xs)[0]
+
+    def spared(params: Params, batch: Batch, key: jax.Array | None):
+        with running(runner):
+            return loss(params, batch, key)
+
+    return spared
 
 
 def _reads(function: Callable, params: Flat) -> set[str]:
