@@ -12,16 +12,17 @@ import pytest
 from test_layerwise import trained
 from test_optimizers import adam, assert_close, build, draw, run, unstacked
 from test_optimizers import unstacked_table as alone_table
-from test_steps import program_of
+from test_steps import host_batches, program_of
 from tiny import tiny_run
 
 from jaxpt.config import codec
 from jaxpt.errors import ConfigError
-from jaxpt.layerwise import LayerwiseStep
+from jaxpt.layerwise import LayerwiseStep, _sparing
 from jaxpt.mesh import Mesh
 from jaxpt.optimizers import AdamW, Grass, Group
 from jaxpt.optimizers.paths import without_number
-from jaxpt.state import flatten, unflatten
+from jaxpt.state import flatten, trainable, unflatten, whole
+from jaxpt.steps import loss_function
 from jaxpt.weights import Dense, FanIn, Rows
 from jaxpt.weights.base import Record, Rules, Scope, Tensor, replaced
 
@@ -294,6 +295,27 @@ def test_rows_alone_give_what_whole_gradients_do(tmp_path):
     np.testing.assert_allclose(trained(meshed, 8)[0], whole[:8], rtol=2e-5)
     # All that is summed, also where rows are chosen: so many rows' gradient, of each matrix.
     assert summed_over_devices(meshed) == {"6,32"}
+
+
+def test_layer_by_layer_the_norms_take_little_memory(tmp_path):
+    """The backward pass that finds them keeps one array of each layer, and not a dozen."""
+    program = program_of(held_as(tmp_path, ROWS["top"], rows=True))
+    (batch,) = host_batches(program, program.run, 1)
+    loss = loss_function(program.model, program.phase.objective)
+
+    def kept(loss):
+        def backward(params, batch):
+            squares = trainable(params, {p for p in flatten(params) if p.endswith("/squares")})
+            return jax.vjp(lambda s: loss(whole(s, params), batch, None).total, squares)[1]
+
+        with program.layout.active():
+            shapes = [x.shape for x in jax.tree.leaves(jax.eval_shape(backward, params, batch))]
+        activations = [s for s in shapes if s[:3] == (2, *batch["weights"].shape)]
+        return sum(np.prod(s) for s in activations) / (2 * batch["weights"].size * 16)
+
+    params = program.model.abstract()
+    assert kept(_sparing(loss)) == 1
+    assert kept(loss) > 12
 
 
 def test_configs_round_trip_and_wrong_choices_are_named():
