@@ -12,7 +12,7 @@ from weight_cases import KEY, Matrices, build, matrices, run_steps, trained_stat
 from jaxpt.config import codec
 from jaxpt.data.vocabulary import Vocabulary
 from jaxpt.errors import ConfigError
-from jaxpt.growth import Convert, ReLoRA, Restart, Transition, Update
+from jaxpt.growth import Average, Convert, Refactorise, ReLoRA, Restart, Transition, Update
 from jaxpt.layerwise import LayerwiseStep
 from jaxpt.mesh import Mesh
 from jaxpt.optimizers import SGD, AdamW, Constant, Cosine, Group, Linear, Restarts
@@ -166,7 +166,12 @@ def test_the_learning_rate_has_to_rise_with_it(tmp_path):
         with pytest.raises(ConfigError, match="does not rise anew every 3 steps") as error:
             tiny_run(tmp_path, **changes, **{"optimizer.schedule": schedule})
         assert error.value.field == "updates.0.every"
-    tiny_run(tmp_path, **changes, **{"optimizer.schedule": Restarts(Linear(), 3, 1)})
+    changes["optimizer.schedule"] = Restarts(Linear(), 3, 1)
+    tiny_run(tmp_path, **changes)
+    for update in (ReLoRA(every=3), Refactorise()):
+        with pytest.raises(ConfigError, match="an Average would mix old and new") as error:
+            tiny_run(tmp_path, **changes | {"updates": (Average(), update)})
+        assert error.value.field == "updates.1"
 
 
 @pytest.mark.parametrize(

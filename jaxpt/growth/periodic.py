@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from jaxpt.errors import ConfigError
+from jaxpt.growth.average import Average
 from jaxpt.growth.base import UpdateFunction
 from jaxpt.optimizers.paths import without_number
 from jaxpt.optimizers.rules import gathered, scattered, units
@@ -143,6 +144,15 @@ def fresh_states(optimizer: Any, place: Place, params: Flat) -> Flat:
             )
         states |= scattered(unit, optimizer.rules[unit[0]].init(gathered(by_path, unit)))
     return {name: states.get(path) for name, path in paths.items()}
+
+
+def check_no_average(phase: Any) -> None:
+    """Factors from before and after they are exchanged have no meaningful average."""
+    if any(isinstance(update, Average) for update in phase.updates):
+        raise ConfigError(
+            "",
+            "exchanges factors in mid-phase, of which an Average would mix old and new; leave it",
+        )
 
 
 def check_every(every: int) -> None:

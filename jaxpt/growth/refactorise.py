@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxpt.growth import periodic
 from jaxpt.growth.base import Update
 from jaxpt.growth.reset_moments import factors
+from kernels import linalg
 
 LEAST = 1e-6  # of the largest singular value, whose root a column of A is at least as long as
 
@@ -35,6 +36,9 @@ class Refactorise(Update):
     def needs_gradients(self):
         return False
 
+    def validate(self, phase):
+        periodic.check_no_average(phase)
+
     def init(self, model, params, key):
         return {}
 
@@ -53,10 +57,10 @@ def even(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     Where a singular value is nearly 0, the column of A is not let go to 0 with it: with both
     factors 0 there the gradients would be 0 ever after. Factors of the product 0 stay.
     """
-    qa, ra = jnp.linalg.qr(a.astype(jnp.float32))
-    qb, rb = jnp.linalg.qr(b.astype(jnp.float32).T)
+    qa, ra = linalg.qr(a.astype(jnp.float32))
+    qb, rb = linalg.qr(b.astype(jnp.float32).T)
     with jax.default_matmul_precision("float32"):
-        u, s, vt = jnp.linalg.svd(ra @ rb.T, full_matrices=False)
+        u, s, vt = linalg.svd(ra @ rb.T)
         root = jnp.sqrt(jnp.maximum(s, LEAST * s[0]))
         share = s / jnp.where(root > 0, root, 1.0)
         left, right = qa @ (u * root), (share[:, None] * vt) @ qb.T

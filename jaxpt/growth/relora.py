@@ -42,6 +42,7 @@ class ReLoRA(Update, Resetting):
         return False
 
     def validate(self, phase):
+        periodic.check_no_average(phase)
         schedule = phase.optimizer.schedule
         if not isinstance(schedule, Restarts) or schedule.every != self.every:
             raise ConfigError(
