@@ -290,7 +290,7 @@ def test_rows_alone_give_what_whole_gradients_do(tmp_path):
         arrays = {n: params[f"decoder/layers/mlp/up/{n}"][layer] for n in ("w", "delta", "rows")}
         arrays["scales"] = params["decoder/layers/mlp/up/scales"][layer]
         matrix = replaced(template, **jax.tree.map(jnp.asarray, arrays)).dense()
-        np.testing.assert_allclose(matrix, state["decoder/layers/mlp/up/w"][layer], atol=2e-5)
+        np.testing.assert_allclose(matrix, state["decoder/layers/mlp/up/w"][layer], atol=2e-4)
     meshed = own_run.replace(mesh=Mesh(data=8))
     np.testing.assert_allclose(trained(meshed, 8)[0], whole[:8], rtol=2e-5)
     # All that is summed, also where rows are chosen: so many rows' gradient, of each matrix.
