@@ -91,6 +91,7 @@ def test_starts_as_published_and_from_dense_takes_the_matrix():
     a = module.a[...]
     assert float(jnp.abs(a).max()) <= 1 / 8
     assert float(a.std()) == pytest.approx(1 / 8 / np.sqrt(3), rel=0.1)
+    assert LoRA(4).flops(64, 32) == 2 * 64 * 32 + 2 * 4 * (64 + 32)
     row = record.tensors["model/up/w"]
     assert (row.weight, row.trained, row.std) == ("frozen", False, 1 / 8)
     matrix = jax.random.normal(jax.random.key(3), (64, 32))

@@ -9,6 +9,7 @@ from test_steps import host_batches, program_of
 from tiny import tiny_run, with_phases
 from weight_cases import KEY, Matrices, build, matrices, run_steps, trained_state
 
+from jaxpt.checkpoint import Checkpoint
 from jaxpt.config import codec
 from jaxpt.data.vocabulary import Vocabulary
 from jaxpt.errors import ConfigError
@@ -110,9 +111,12 @@ def test_in_a_run_resumed_on_eight_devices_and_layer_by_layer(tmp_path):
     assert losses[-1] < losses[0]
     # Saved after update 3 and restored: the restart comes after update 4 all the same.
     _, middle = run_steps(program, batches[:3])
-    saved = jax.device_get(middle)
-    assert saved.params["decoder"]["layers"]["mlp"]["up"]["b"].any()
-    resumed, state = run_steps(program, batches[3:], jax.device_put(saved))
+    assert middle.params["decoder"]["layers"]["mlp"]["up"]["b"].any()
+    with Checkpoint().open(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(3, middle, {})
+        checkpoints.wait()
+        saved = checkpoints.restore(3, program.abstract)
+    resumed, state = run_steps(program, batches[3:], saved)
     assert resumed == losses[3:]
     jax.tree.map(np.testing.assert_array_equal, state, last)
     eight = dataclasses.replace(run, mesh=Mesh(data=2, fsdp=2, tensor=2))
