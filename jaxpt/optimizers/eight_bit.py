@@ -23,6 +23,7 @@ BLOCK = 256  # entries of a row that share a scale
 LEAST = 4096  # arrays of fewer entries stay as they are
 # Fields of optimizers' states that are moments, and whether they have a sign.
 MOMENTS = {"mu": True, "nu": False, "trace": True}
+BASES = ("projector",)  # fields that span a subspace: bfloat16
 DECADES = 7
 
 
@@ -78,19 +79,21 @@ def _blocks(x: jax.Array) -> jax.Array:
 
 
 def in_eight_bits(rule: Rule) -> Rule:
-    """The rule with its moments held in 8 bits between updates."""
+    """The rule with its moments held in 8 bits between updates, and bases of subspaces in 16."""
 
     def init(param):
         def one(path, x):
-            name = _moment(path, x)
-            return x if name is None else quantise(x, signed=MOMENTS[name])
+            name = _name(path, x)
+            if name in MOMENTS:
+                return quantise(x, signed=MOMENTS[name])
+            return x.astype(jnp.bfloat16) if name in BASES else x
 
         return jax.tree_util.tree_map_with_path(one, rule.init(param))
 
     def held(state: Any, before: Any) -> Any:
         def one(path, was, x):
             if not isinstance(was, Quantised):
-                return x
+                return x.astype(was.dtype)
             return quantise(x, signed=MOMENTS[path[-1].name])
 
         return jax.tree_util.tree_map_with_path(
@@ -100,7 +103,7 @@ def in_eight_bits(rule: Rule) -> Rule:
     def free(state: Any) -> Any:
         def one(path, x):
             if not isinstance(x, Quantised):
-                return x
+                return x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x
             return dequantise(x, signed=MOMENTS[path[-1].name])
 
         return jax.tree_util.tree_map_with_path(
@@ -114,6 +117,6 @@ def in_eight_bits(rule: Rule) -> Rule:
     return Rule(init, update, rule.elementwise)
 
 
-def _moment(path, x) -> str | None:
-    name = getattr(path[-1], "name", None) if path else None
-    return name if name in MOMENTS and x.size >= LEAST else None
+def _name(path, x) -> str | None:
+    """Of the field that holds an array, where it is large enough."""
+    return getattr(path[-1], "name", None) if path and x.size >= LEAST else None

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from jaxpt.mesh import active_layout
 from jaxpt.optimizers.rules import Rule
@@ -19,6 +20,8 @@ from jaxpt.weights.base import Tensor
 
 # Entries of a block on one device: large enough to fill a chip, small beside a layer (assumed).
 BLOCK_ENTRIES = 2**22
+# Rows of a tile of bytes on TPUs. Of blocks that begin within one XLA makes a copy of all.
+TILE = 32
 
 
 def update_in_place(
@@ -46,12 +49,13 @@ def update_in_place(
     Returns:
       (the stacks with the array's update in them, sum of the squares of its change).
     """
+    stacks = _pinned(stacks)
     ways, size = block_rows(tensor) if rule.elementwise else (1, None)
     if size is None:
         old = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, at, keepdims=False), stacks)
         new, square = _changed(rule, old, grad, scale, count, key)
         put = jax.lax.dynamic_update_index_in_dim
-        return jax.tree.map(lambda a, b: put(a, b, at, 0), stacks, new), square
+        return _pinned(jax.tree.map(lambda a, b: put(a, b, at, 0), stacks, new)), square
     rows = grad.shape[0] // ways
     # What lies on a device of its own stays there: blocks are cut out of each device's rows.
     cut = jax.tree.map(lambda a: a.reshape(len(a), ways, rows, *a.shape[2:]), stacks)
@@ -75,7 +79,7 @@ def update_in_place(
     carry = jax.lax.fori_loop(0, rows // size, lambda i, c: block(i * size, size, c), carry)
     if rows % size:
         carry = block(rows - rows % size, rows % size, carry)
-    return jax.tree.map(lambda a, b: a.reshape(b.shape), carry[0], stacks), carry[1]
+    return _pinned(jax.tree.map(lambda a, b: a.reshape(b.shape), carry[0], stacks)), carry[1]
 
 
 def block_rows(tensor: Tensor) -> tuple[int, int | None]:
@@ -90,7 +94,15 @@ def block_rows(tensor: Tensor) -> tuple[int, int | None]:
     for n in held[1:]:
         row *= n
     size = max(1, BLOCK_ENTRIES // row)
+    if size > TILE:
+        size -= size % TILE
     return ways[0], None if size >= held[0] else size
+
+
+def _pinned(tree: Any) -> Any:
+    """Laid out in memory row by row, as what a step is given: else a product in a rule that likes
+    its operand turned round has XLA turn the whole stack, which is a copy of it."""
+    return jax.tree.map(lambda a: with_layout_constraint(a, Layout(tuple(range(a.ndim)))), tree)
 
 
 def _changed(rule: Rule, old: Any, grad: Any, scale: jax.Array, count: jax.Array, key: jax.Array):
