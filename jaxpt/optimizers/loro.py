@@ -30,6 +30,7 @@ import optax
 
 from jaxpt.errors import ConfigError
 from jaxpt.optimizers.base import Optimizer, Rule, Tensor, check_shares, of_optax
+from kernels import linalg
 
 Pair = dict[str, jax.Array]  # a: [n, r], b: [r, m]
 
@@ -114,13 +115,13 @@ def exact(params: Pair, grads: Pair, eta: jax.Array) -> Pair:
 def _retracted(a, b, da, db, eta):
     """A [n, r] and B^T [m, r] after the step, from their gradients."""
     rank = a.shape[1]
-    (q_a, r_a), (q_b, r_b) = jnp.linalg.qr(a), jnp.linalg.qr(b)
+    (q_a, r_a), (q_b, r_b) = linalg.qr(a), linalg.qr(b)
     z_a, z_b = _over(da, r_b), _over(db, r_a)
-    more_a, s_a = jnp.linalg.qr(z_a - q_a @ (q_a.T @ z_a))
-    more_b, s_b = jnp.linalg.qr(z_b - q_b @ (q_b.T @ z_b))
+    more_a, s_a = linalg.qr(z_a - q_a @ (q_a.T @ z_a))
+    more_b, s_b = linalg.qr(z_b - q_b @ (q_b.T @ z_b))
     core = r_a @ r_b.T - eta * (z_b.T @ q_b)
     core = jnp.block([[core, -eta * s_b.T], [-eta * s_a, jnp.zeros_like(core)]])
-    u, s, vt = jnp.linalg.svd(core)
+    u, s, vt = linalg.svd(core)
     u, v, root = u[:, :rank], vt[:rank].T, jnp.sqrt(s[:rank])
     left, right = jnp.hstack([q_a, more_a]) @ u, jnp.hstack([q_b, more_b]) @ v
     # Singular vectors have no sign of their own: the largest entry on the left is positive.
@@ -131,4 +132,4 @@ def _retracted(a, b, da, db, eta):
 
 def _over(z: jax.Array, r: jax.Array) -> jax.Array:
     """z r^-1, with r upper triangular."""
-    return jax.scipy.linalg.solve_triangular(r, z.T, trans=1).T
+    return linalg.solve_triangular(r, z.T, transposed=True).T

@@ -16,6 +16,7 @@ import optax
 from jaxpt.errors import ConfigError
 from jaxpt.optimizers.base import Optimizer, Rule, Tensor, check_shares, of_optax
 from jaxpt.optimizers.groups import is_inner_matrix
+from kernels import linalg
 
 Side = Literal["smaller", "larger", "in", "out"]
 SIDES: tuple[Side, ...] = ("smaller", "larger", "in", "out")
@@ -92,7 +93,7 @@ def leading(g: jax.Array, rank: int) -> jax.Array:
     The entry of largest magnitude in each is positive, so that they do not depend on who computes
     them.
     """
-    u = jnp.linalg.svd(g.astype(jnp.float32), full_matrices=False)[0][:, :rank]
+    u = linalg.svd(g.astype(jnp.float32))[0][:, :rank]
     largest = jnp.take_along_axis(u, jnp.argmax(jnp.abs(u), axis=0)[None], axis=0)
     return (u * jnp.where(largest < 0, -1.0, 1.0)).astype(g.dtype)
 
@@ -102,13 +103,13 @@ def iterated(g: jax.Array, before: jax.Array, rounds: int) -> jax.Array:
     (Halko et al. 2011, algorithm 4.4, warm)."""
     g32, q = g.astype(jnp.float32), before.astype(jnp.float32)
     for _ in range(rounds):
-        q = jnp.linalg.qr(g32 @ (g32.T @ q))[0]
+        q = linalg.qr(g32 @ (g32.T @ q))[0]
     return q.astype(g.dtype)
 
 
 def random_orthonormal(key: jax.Array, n: int, rank: int, dtype: Any) -> jax.Array:
     """[n, rank], uniform among the orthonormal ones (Haar), by QR of a normal matrix."""
-    q, r = jnp.linalg.qr(jax.random.normal(key, (n, rank), jnp.float32))
+    q, r = linalg.qr(jax.random.normal(key, (n, rank), jnp.float32))
     return (q * jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0)).astype(dtype)
 
 

@@ -13,6 +13,7 @@ from jaxpt.errors import ConfigError
 from jaxpt.weights.base import Scope, Weight, WeightModule, replaced
 from jaxpt.weights.init import Init
 from jaxpt.weights.product import product
+from kernels import linalg
 
 LowRankInit = Literal["spectral", "spectral_ones", "plain"]
 INITS: tuple[LowRankInit, ...] = ("spectral", "spectral_ones", "plain")
@@ -108,7 +109,7 @@ def factors(matrix: jax.Array, rank: int, *, ones: bool = False) -> tuple[jax.Ar
 
     With ``ones`` the singular values are replaced by 1.
     """
-    u, s, vt = jnp.linalg.svd(matrix.astype(jnp.float32), full_matrices=False)
+    u, s, vt = linalg.svd(matrix.astype(jnp.float32))
     root = jnp.ones_like(s[:rank]) if ones else jnp.sqrt(s[:rank])
     return u[:, :rank] * root, root[:, None] * vt[:rank]
 
