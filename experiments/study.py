@@ -207,7 +207,7 @@ class Session:
         folder = self.folder(arm, seed, value, tuning)
         run = self.study.run(self.size, arm, seed, value, tuning)
         began = time.monotonic()
-        result = train(run, folder)
+        result = train(run, folder, restart=True)  # what has no checkpoint begins again
         if result.stopped is not None:
             print(f"stopped by {result.stopped}; the same command goes on from there")
             raise SystemExit(1)

@@ -120,7 +120,8 @@ def trained(monkeypatch):
     """The runs that were trained, by a function that only takes their folders."""
     found = []
 
-    def fake(run, folder):
+    def fake(run, folder, *, restart):
+        assert restart
         if len(found) == 3 and run.seed == 1:  # once
             found.append("stopped")
             raise Stopped
