@@ -1,4 +1,11 @@
-"""The public function; its docstring is the contract of every implementation."""
+"""The public function; its docstring is the contract of every implementation.
+
+GPUs have no kernel of ours: a multiprocessor cannot keep a chunk's logits, so that a kernel would
+make them twice. On an H100, for 4096 tokens of width 2048 and 32000 ids in bfloat16, that product
+takes at least 0.54 ms, and the gradient of the logits, which both matrix products of the backward
+pass read, 0.23 ms to write and read; the chunked XLA program (JAX 0.10.2, its fusions' operands
+and results) moves 2.9 GB for all of its logits, 0.86 ms. Nothing to win, by these bounds.
+"""
 
 from __future__ import annotations
 
