@@ -11,7 +11,7 @@ from jax.experimental import topologies
 from test_optimizers import SMALL, bytes_of, draw, run
 from test_optimizers import build as build_small
 
-from jaxpt.optimizers import APOLLO, SGD, AdamW, GaLore, Linear
+from jaxpt.optimizers import APOLLO, SGD, AdamW, GaLore, Linear, in_place
 from jaxpt.optimizers.eight_bit import BLOCK, Quantised, dequantise, in_eight_bits, quantise
 from jaxpt.optimizers.rules import by_tensor
 from jaxpt.state import flatten
@@ -108,6 +108,30 @@ def test_layers_in_turn_are_as_layers_at_once():
     )
     for a, b in zip(jax.tree.leaves(at_once), jax.tree.leaves(in_turn), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_blocks_of_rows_are_as_the_whole(monkeypatch):
+    """Also the last block, whose rows are too few for 8 bits were they an array of their own."""
+    monkeypatch.setattr(in_place, "BLOCK_ENTRIES", 33 * 700)
+    tensor = Tensor((66, 700), ("embed", "mlp"), 0.5, "Dense")
+    assert in_place.block_rows(tensor) == (1, 32)
+    rule, key = in_eight_bits(AdamW().rule(tensor)), jax.random.key(0)
+    rng = np.random.default_rng(0)
+    params, grads = (jnp.float32(rng.normal(size=(2, 3, 66, 700))[i]) for i in (0, 1))
+    stacks = params, jax.jit(jax.vmap(rule.init))(params)
+    update = jax.jit(in_place.update_in_place, static_argnums=(0, 1))
+    whole = jax.jit(jax.vmap(rule.update, (0, 0, 0, None, None)))
+    for count in range(2):
+        (old_params, old_states), scale = stacks, jnp.float32(0.5)
+        for layer in range(3):
+            stacks, square = update(
+                rule, tensor, stacks, grads[layer], scale, jnp.int32(count), key, layer
+            )
+        change, states = whole(0.5 * grads, old_states, old_params, jnp.int32(count), key)
+        np.testing.assert_allclose(stacks[0], old_params + change, atol=1e-6)
+        np.testing.assert_allclose(square, (np.asarray(change[2]) ** 2).sum(), rtol=1e-5)
+        for a, b in zip(jax.tree.leaves(stacks[1]), jax.tree.leaves(states), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
 
 
 def test_layers_in_turn_leave_no_copy_of_all():

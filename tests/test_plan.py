@@ -1,6 +1,5 @@
 """Plans for chips that are not here: what they count, and what is said where none can be made."""
 
-import dataclasses
 import importlib.util
 import json
 
@@ -15,10 +14,8 @@ from jaxpt.data.vocabulary import Vocabulary
 from jaxpt.errors import ConfigError
 from jaxpt.layerwise import LayerwiseStep
 from jaxpt.mesh import Mesh
-from jaxpt.models.mlp import MLP
 from jaxpt.models.transformer import Transformer
 from jaxpt.optimizers import AdamW
-from jaxpt.program import Program
 from jaxpt.run import Run
 from jaxpt.weights import Grouped, SparsePlusLowRank
 
@@ -115,15 +112,15 @@ def test_every_row_of_the_memory_table_is_a_run(capsys, monkeypatch):
             groups = {w.support.size for _, w in run.model.weights if hasattr(w, "support")}
             assert groups == (set() if method.group is None else {method.group})
 
-    def small(run, target, vocabulary):
-        assert (target, vocabulary.size) == ("h100:1", 32_000)
-        model = dataclasses.replace(run.model, width=64, layers=2, mlp=MLP(width=128))
-        layout = Mesh(devices=1).build()
-        return Program(run.replace(model=model), 0, Vocabulary(256, 0, 1), layout)
-
-    monkeypatch.setattr(memory_table, "program_on", small)
-    memory_table.main(["--models", "60m", "--methods", "SLTrain 1/32, 8 bit, per layer", "--json"])
-    (row,) = (json.loads(line) for line in capsys.readouterr().out.splitlines())
-    assert row["model"] == "60m"
-    assert row["parameters"] > 0
-    assert row["peak"] > row["parameters"] + row["state"]
+    asked = []
+    monkeypatch.setattr(memory_table, "program_on", lambda *args: asked.append(args))
+    found = plans.Plan(1, 30, 40, 75, 74, 9, 70, flops=1.0, seconds=2.0)
+    monkeypatch.setattr(memory_table, "plan", lambda program: found)
+    memory_table.main(["--models", "60m", "1b", "--methods", "Adam", "--json"])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["model"], row["method"]) for row in rows] == [("60m", "Adam"), ("1b", "Adam")]
+    assert {row["peak"] for row in rows} == {75 + 74 - 70 + 9}
+    (run, target, vocabulary), _ = asked
+    assert (run.model.width, target, vocabulary.size) == (512, "h100:1", 32_000)
+    memory_table.main(["--models", "60m", "--methods", "Adam"])
+    assert "parameters" in capsys.readouterr().out

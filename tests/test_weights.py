@@ -8,7 +8,15 @@ from flax import nnx
 
 from jaxpt.errors import ConfigError
 from jaxpt.models import stacking
-from jaxpt.weights import Constant, Dense, FanIn, Normal, XavierUniform
+from jaxpt.weights import (
+    Constant,
+    Dense,
+    FanIn,
+    Grouped,
+    Normal,
+    SparsePlusLowRank,
+    XavierUniform,
+)
 from jaxpt.weights.base import Record, Rules, Scope
 from jaxpt.weights.product import product
 
@@ -136,3 +144,19 @@ def test_fan_ins_by_hand():
     assert FanIn().std(16, 3) == 0.25
     assert FanIn(0.25).std(16, 3) == 0.125
     assert XavierUniform().std(3, 5) == 0.5
+
+
+def test_a_support_that_is_drawn_anew_is_the_same():
+    """Two words in the place of the indices; same values, same matrix, same gradients."""
+    made = []
+    for stored in (True, False):
+        weights = (("*", SparsePlusLowRank(2, 4.0, Grouped(4, stored=stored))),)
+        made.append(scope(weights).weight("up", 8, 10, ("embed", "mlp"), FanIn()))
+    assert made[0].indices[...].shape == (8, 3)
+    assert made[1].indices[...].nbytes == 8
+    x = jax.random.normal(jax.random.key(1), (3, 8))
+    a, b = (m.dense() for m in made)
+    assert np.count_nonzero(a) == 24
+    np.testing.assert_array_equal(a, b)
+    grads = [jax.grad(lambda x, m=m: jnp.square(m(x)).sum())(x) for m in made]
+    np.testing.assert_array_equal(*grads)
