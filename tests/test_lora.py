@@ -12,10 +12,12 @@ from test_steps import host_batches, program_of
 from tiny import tiny_run
 from weight_cases import first_state, run_steps
 
+import kernels.product
 from jaxpt.config import codec
 from jaxpt.errors import ConfigError
 from jaxpt.layerwise import LayerwiseStep
 from jaxpt.mesh import Mesh
+from jaxpt.optimizers import Group
 from jaxpt.state import flatten
 from jaxpt.steps import Step
 from jaxpt.weights import Dense, LoRA, LowRank, Weight
@@ -71,6 +73,9 @@ def test_the_backward_pass_keeps_no_matrix_made_of_codes_nor_makes_a_gradient(ba
     _, pull = jax.vjp(lambda x: frozen_product(x, *arrays), x)
     kept = jax.tree.leaves(pull)
     assert {(t.shape, t.dtype) for t in kept} <= {(t.shape, t.dtype) for t in arrays}
+    # The matrix of codes is made when x is there, and anew when its gradient is.
+    text = str(jax.make_jaxpr(jax.grad(lambda x: frozen_product(x, *arrays).sum()))(x))
+    assert text.count("optimization_barrier") == (2 if base == "8bit" else 1)
     # Nothing of W0's shape is summed over tokens, even where somebody asks for its gradient.
     if base == "dense":
         grad = jax.grad(lambda w: frozen_product(x, w).astype(jnp.float32).sum())
@@ -180,18 +185,22 @@ def test_trains_in_bfloat16_without_scan(tmp_path):
 
 
 @pytest.mark.parametrize("step", [Step(), LayerwiseStep()], ids=["ordinary", "layerwise"])
-def test_no_gradient_of_a_frozen_matrix_is_in_the_step(tmp_path, step):
-    """Of the one kind of matrix with this shape no product of the backward pass makes a gradient;
-    where it is dense, two do."""
-    for weight, wanted in ((LoRA(2), 0), (Dense(), 2)):  # up and gate
+def test_no_gradient_of_a_frozen_matrix_is_in_the_step(monkeypatch, tmp_path, step):
+    """Of the only matrices with this shape no product of the backward pass makes a gradient; where
+    they are dense and not frozen by a group, some do."""
+    monkeypatch.setattr(kernels.product, "_product", jnp.dot)  # as it is but on CPUs
+    frozen = (Group("*/mlp/*", frozen=True),)
+    for weight, groups, wanted in ((LoRA(2), (), 0), (Dense(), frozen, 0), (Dense(), (), 2)):
         changes = {"model.mlp.width": 56, "model.weights": (("*/mlp/*", weight), ("*", Dense()))}
+        changes["optimizer.groups"] = groups
         program = program_of(tiny_run(tmp_path, step=step, **changes))
         key = jax.eval_shape(lambda: jax.random.key(0))
         with program.layout.active():
             traced = jax.make_jaxpr(program.step_function)(
                 program.abstract, program.abstract_batch, key
             )
-        assert len(re.findall(r"f32\[16,56\] = dot_general", str(traced))) == wanted
+        made = re.findall(r"f32\[(?:16,56|56,16)\] = dot_general", str(traced))
+        assert len(made) == wanted
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,8 @@ def frozen_product(x: jax.Array, *base: jax.Array) -> jax.Array:
     Args:
       base: W0 [d_in, d_out], or its codes and their scales.
     """
+    if len(base) > 1:  # else the matrices of all layers might be made at once, before they are due
+        x, base = jax.lax.optimization_barrier((x, base))
     return jnp.dot(x, _matrix(base, x.dtype))
 
 
