@@ -181,8 +181,8 @@ def _noted_backward(inputs, chunk, x, g):
     tokens = tuple(range(x.ndim - 1))
 
     def part(i, squares):
-        # The last chunk may begin where others have been: it finds the same.
-        start = jnp.minimum(i * chunk, side - chunk)
+        # Slices end with the axis: of a last chunk beyond it both begin where others have been.
+        start = i * chunk
         some = jax.lax.dynamic_slice_in_dim(x if inputs else g, start, chunk, axis=-1)
         rows = jax.lax.dot_general(
             some,
