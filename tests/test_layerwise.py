@@ -60,7 +60,7 @@ CASES = {
 
 @pytest.mark.parametrize(("kind", "objective", "changes"), CASES.values(), ids=CASES)
 def test_equals_the_ordinary_step(tmp_path, monkeypatch, kind, objective, changes):
-    monkeypatch.setattr(in_place, "BLOCK_ENTRIES", 48)  # rows in several blocks, the last shorter
+    monkeypatch.setattr(in_place, "BLOCK_ENTRIES", 512)  # the embedding in blocks, the last shorter
     optimizer = AdamW(1e-2, clip=None, groups=(Group("*norm*", frozen=True),))
     if kind == "encoder":
         optimizer = GaLore(1e-2, clip=None, rank=4, period=3)
@@ -76,7 +76,7 @@ def test_equals_the_ordinary_step(tmp_path, monkeypatch, kind, objective, change
 
 
 def test_eight_devices_equal_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(in_place, "BLOCK_ENTRIES", 48)
+    monkeypatch.setattr(in_place, "BLOCK_ENTRIES", 256)
     optimizer = GaLore(1e-2, clip=None, rank=4, period=3)
     weights = (("*/mlp/up", Dense()), *FACTORED)
     changes = {"model.weights": weights, "step": LayerwiseStep(), "optimizer": optimizer}
