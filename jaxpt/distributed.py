@@ -187,6 +187,8 @@ class Session:
 
     def __init__(self, roll: RollCall | None = None):
         self.roll = roll
+        # Called with the cause where this process is ended because another is lost.
+        self.ending: Callable[[str], None] | None = None
         self.first = jax.process_index() == 0
         self._pending: jax.Array | None = None
         if roll is not None:
@@ -251,13 +253,20 @@ def session(grace: float = GRACE) -> Iterator[Session]:
         yield Session()
         return
 
+    here: list[Session] = []
+
     def on_loss(text: str) -> None:
         time.sleep(grace)
-        print(f"error: {text}{AGAIN}", file=sys.stderr, flush=True)
-        os._exit(Exit.LOST_PROCESS)
+        try:
+            if here and here[0].ending is not None:
+                here[0].ending(text)
+        finally:
+            print(f"error: {text}{AGAIN}", file=sys.stderr, flush=True)
+            os._exit(Exit.LOST_PROCESS)
 
     with _roll_call(on_loss) as roll:
-        yield Session(roll)
+        here.append(Session(roll))
+        yield here[0]
         roll.barrier("end", START)
 
 

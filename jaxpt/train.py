@@ -291,6 +291,7 @@ def train(run: Run, workdir: str | os.PathLike, *, restart: bool = False) -> Res
             run_config=read_json(folder.config),
         )
         stack.enter_context(monitor)
+        together.ending = monitor.abandon
         for step, cause in damaged.items():
             monitor.note(f"checkpoint {step} is damaged and was set aside: {cause}")
         if resumed:

@@ -34,7 +34,7 @@ from jaxpt.run import Phase, Run, from_json, load, load_with_module, to_json
 from jaxpt.steps import Step
 
 ROOT = pathlib.Path(__file__).parent.parent
-SHIPPED = sorted((ROOT / "configs").glob("*.py"))
+SHIPPED = sorted(p for p in (ROOT / "configs").glob("*.py") if not p.stem.startswith("_"))
 
 
 def phase(**changes) -> Phase:

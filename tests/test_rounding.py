@@ -142,7 +142,7 @@ def test_layers_updated_in_place_are_rounded_alike():
     for t, grads in enumerate(gradients):
         grads = flatten(grads)[path]
         for at in reversed(range(len(grads))):
-            stacks, _ = update(stacks, grads[at], jnp.int32(t), keys[at], at)
+            stacks, _ = update(stacks, grads[at], jnp.float32(1), jnp.int32(t), keys[at], at)
     np.testing.assert_array_equal(np.asarray(stacks[0]).view(np.uint16), only(want).view(np.uint16))
     jax.tree.map(np.testing.assert_array_equal, stacks[1], only(want_state.states))
 
