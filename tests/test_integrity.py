@@ -139,6 +139,7 @@ def test_damage_to_any_file_is_seen_or_does_no_harm(folder, tmp_path, damage):
     assert seen >= 4  # the arrays, the progress and the manifest at least
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_emptied_checkpoint_is_passed_over(folder):
     for path in (folder / "4").iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
