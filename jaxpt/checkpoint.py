@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator
@@ -93,6 +92,7 @@ class Checkpoints:
         )
         self.folder, self.read_only = pathlib.Path(folder), read_only
         self._run_config = run_config
+        self._manifests: dict[int, dict[str, Any]] = {}  # those that have been read
         self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options)
 
     def __enter__(self) -> Checkpoints:
@@ -131,18 +131,20 @@ class Checkpoints:
         metrics = None if loss is None else {"loss": loss}
         return self._manager.save(step, args=args, metrics=metrics, force=True)
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019 (of a few steps; lives as long as a run does)
     def manifest(self, step: int) -> dict[str, Any]:
         """What the checkpoint of a step should hold (``integrity.manifest``).
 
         Raises:
           DamagedError: it cannot be read.
         """
+        if step in self._manifests:
+            return self._manifests[step]
         with self._reading(step):
             args = ocp.args.Composite(manifest=ocp.args.JsonRestore())
             found = self._manager.restore(step, args=args)["manifest"]
-            if found["step"] != step or not isinstance(found["arrays"], dict):
-                raise DamagedError(f"{self.folder / str(step)}: its manifest is of another step")
+            if found["step"] != step or not integrity.is_whole(found):
+                raise DamagedError(f"{self.folder / str(step)}: its manifest is not as saved")
+            self._manifests[step] = found
             return found
 
     def progress(self, step: int) -> dict[str, Any]:
@@ -239,11 +241,12 @@ class Checkpoints:
             home = self.folder.parent / SET_ASIDE
             home.mkdir(exist_ok=True)
             for step in bad:
-                taken = len(list(home.glob(f"{step}*")))
+                taken = sum(path.stem == str(step) for path in home.iterdir())
                 place = home / (f"{step}.{taken}" if taken else str(step))
                 shutil.move(self.folder / str(step), place)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints set aside")
+        self._manifests.clear()  # a step may be saved anew
         self._manager.reload()
 
     def _check(self, step: int, wanted: dict, stored: dict[str, Any], what: str) -> None:

@@ -58,7 +58,7 @@ def manifest(
       config: the run's config.json; None where there is none.
     """
     sums = checksums(arrays)
-    return {
+    found = {
         "format": FORMAT,
         "step": step,
         "arrays": {
@@ -69,6 +69,13 @@ def manifest(
         "config": None if config is None else hashlib.sha256(config.encode()).hexdigest(),
         "versions": environment.versions(),
     }
+    return found | {"digest": digest(found)}
+
+
+def is_whole(manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest is as it was made."""
+    rest = {name: value for name, value in manifest.items() if name != "digest"}
+    return manifest.get("digest") == digest(rest)
 
 
 def digest(value: Any) -> str:

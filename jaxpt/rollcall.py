@@ -20,6 +20,7 @@ from jaxpt.errors import LostProcessError
 
 RETRY = 0.1  # seconds between attempts to reach process 0
 KEEPALIVE = 20  # seconds after which a host that has vanished (no power, no network) is noticed
+LONGEST = 1 << 16  # bytes of a message
 
 Address = tuple[str, int]
 
@@ -175,11 +176,16 @@ class RollCall:
                 except OSError:
                     data = b""
                 *lines, buffers[peer] = (buffers.get(peer, b"") + data).split(b"\n")
-                for line in lines:
-                    self._hear(peer, json.loads(line))
+                messages = [_message(line) for line in lines]
+                if len(buffers[peer]) > LONGEST or None in messages:
+                    data, messages = b"", []  # no process of ours: a scan of ports, say
+                for message in filter(None, messages):
+                    self._hear(peer, message)
                 if not data:
+                    buffers.pop(peer)
                     self._selector.unregister(peer)
                     self._gone(peer)
+                    peer.close()
 
     def _accept(self) -> None:
         assert self._listener is not None
@@ -207,11 +213,12 @@ class RollCall:
         return next((i for i, known in self._peers.items() if known is peer), None)
 
     def _hear(self, peer: socket.socket, message: dict[str, Any]) -> None:
-        if "hello" in message:
-            self._peers[message["hello"]] = peer
-            self._names[message["hello"]] = message["host"]
-            return
         index = self._index_of(peer)
+        if index is None and message.get("hello") in range(1, self.processes):
+            index = message["hello"]
+            if index not in self._peers:
+                self._peers[index], self._names[index] = peer, str(message.get("host"))
+            return
         if index is None:
             return
         with self._changed:
@@ -262,6 +269,15 @@ class RollCall:
             peer.sendall(json.dumps(message).encode() + b"\n")
         except OSError:
             return  # it is gone: noticed where it is read from
+
+
+def _message(line: bytes) -> dict[str, Any] | None:
+    """None where it is no message."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _named(indices: list[int], names: dict[int, str]) -> str:

@@ -132,6 +132,19 @@ def test_a_failure_is_told_to_all():
         assert len(losses) == 1
 
 
+def test_strangers_are_not_listened_to():
+    """What scans ports, or is of another run, neither breaks the roll call nor takes a place."""
+    with hosted(2) as zero, joined(zero, 1) as one:
+        for said in (b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b"x" * 100_000, b'{"hello": 7}\n'):
+            with socket.create_connection(("127.0.0.1", zero.port)) as stranger:
+                stranger.sendall(said)
+        with socket.create_connection(("127.0.0.1", zero.port)) as stranger:
+            stranger.sendall(b'{"hello": 1, "host": "x"}\n{"at": "a"}\n{"failed": "x"}\n')
+            time.sleep(0.2)
+        assert together(*(lambda r=r: r.barrier("a", 10) for r in (zero, one))) == [None] * 2
+        assert zero.lost is None
+
+
 def test_an_end_in_order_is_no_loss():
     with hosted(2) as zero, joined(zero, 1) as one:
         assert together(*(lambda r=r: r.barrier("end", 10) for r in (zero, one))) == [None] * 2

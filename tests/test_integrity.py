@@ -147,6 +147,19 @@ def test_an_emptied_checkpoint_is_passed_over(folder):
     assert (step, list(bad), left) == (2, [4], [2])
 
 
+def test_every_bit_of_the_manifest_counts(folder):
+    """Also those of a path or a version: else what is asked for would seem not to be there."""
+    path = folder / "4" / "manifest" / "metadata"
+    whole = path.read_bytes()
+    for at in range(0, len(whole), 7):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with Checkpoints(folder, read_only=True) as checkpoints:
+            found, bad = checkpoints.newest(functools.partial(read, checkpoints))
+        assert found[0] == (4 if not bad else 2)
+        if whole[at : at + 1] not in b" \n":  # between the values nothing is said
+            assert bad
+
+
 def test_where_none_is_whole_nothing_is_moved(folder):
     for step in (2, 4):
         shutil.rmtree(folder / str(step) / "manifest")
