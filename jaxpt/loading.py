@@ -18,10 +18,11 @@ from jaxpt.data.vocabulary import Vocabulary
 from jaxpt.errors import ConfigError, DataError
 from jaxpt.folder import RunFolder
 from jaxpt.generator import Generator
+from jaxpt.growth.base import Update
 from jaxpt.mesh import Layout, single
 from jaxpt.optimizers.base import Optimizer
 from jaxpt.program import Program
-from jaxpt.run import Run
+from jaxpt.run import Phase, Run
 from jaxpt.state import Params
 
 
@@ -30,7 +31,7 @@ class Loaded:
     """A run at one of its checkpoints.
 
     program: of the phase that the checkpoint was taken in.
-    params: nested dict of arrays, as the optimizer means them to be evaluated.
+    params: nested dict of arrays, as the optimizer and the updates mean them to be evaluated.
     step: optimizer steps over all phases.
     notes: what is not as one might expect, one line each, for the user to see.
     """
@@ -62,8 +63,8 @@ def load(
 ) -> Loaded:
     """The run in a folder, at a checkpoint.
 
-    Parameters alone are read, except where the optimizer has other parameters to evaluate with
-    (an average, say), which are in its state.
+    Parameters alone are read, except where the optimizer or an update has others to evaluate with
+    (an average, say), which are in the rest of the state.
 
     Args:
       folder: the run's folder.
@@ -106,7 +107,7 @@ def _read(
     if progress["phase"] >= len(run.phases):
         raise DataError(f"{checkpoints.folder / str(step)} is of a phase that the run lacks")
     program = Program(run, progress["phase"], vocabulary, layout, progress["schedule_start"])
-    if type(program.phase.optimizer).eval_params is not Optimizer.eval_params:
+    if _needs_state(program.phase):
         return program, program.eval_params(checkpoints.restore(step, program.abstract))
     wanted = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
@@ -114,6 +115,12 @@ def _read(
         program.model.shardings(layout),
     )
     return program, checkpoints.restore_params(step, wanted)
+
+
+def _needs_state(phase: Phase) -> bool:
+    """Whether the parameters to evaluate are made of more of the state than the parameters."""
+    plain = (Optimizer.eval_params, Update.eval_params)
+    return any(type(own).eval_params not in plain for own in (phase.optimizer, *phase.updates))
 
 
 @contextlib.contextmanager

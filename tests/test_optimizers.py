@@ -472,7 +472,7 @@ def test_every_optimizer_has_a_row():
 
     public = {c for c in vars(package).values() if inspect.isclass(c) and issubclass(c, Optimizer)}
     tested = {type(row.optimizer) for row in ROWS.values()}
-    for module in ("test_projected_optimizers", "test_loro", "test_grass"):
+    for module in ("test_projected_optimizers", "test_loro", "test_grass", "test_averages"):
         tested |= {type(config) for config in importlib.import_module(module).ROWS.values()}
     assert public - {Optimizer} == tested
 

@@ -10,6 +10,7 @@ from jaxpt.optimizers.grass import Grass
 from jaxpt.optimizers.lion import Lion
 from jaxpt.optimizers.loro import LORO
 from jaxpt.optimizers.muon import Muon
+from jaxpt.optimizers.schedule_free import ScheduleFree
 from jaxpt.optimizers.schedules import (
     Constant,
     Cosine,
@@ -43,6 +44,7 @@ __all__ = [
     "ReciprocalSqrt",
     "Restarts",
     "Schedule",
+    "ScheduleFree",
     "StableSPAM",
     "WarmupStableDecay",
 ]
