@@ -62,6 +62,8 @@ METHODS = {
     "ReLoRA": Method(_llama.relora),
     "GaLore": Method(_llama.galore),
     "GaLore, 8 bit, per layer": Method(_llama.galore, layers=True),
+    "Grass": Method(_llama.grass),
+    "Grass, 8 bit, per layer": Method(_llama.grass, layers=True),
     "Fira": Method(_llama.fira),
     "APOLLO": Method(_llama.apollo),
     "APOLLO-mini": Method(_llama.apollo_mini),

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jaxpt.mesh import active_layout
+from kernels.platform import platform
+
+CHUNK = 128  # sorted rows that one small product adds up
 
 
 @jax.custom_vjp
@@ -19,11 +27,73 @@ def _forward(table, ids):
 
 def _backward(saved, g):
     column, ids = saved
+    rows, g = column.shape[0], g.astype(column.dtype)
+    if platform() == "gpu":
+        return _summed_over_devices(g, ids, rows), None
     # The zeros that the rows are added to hang on what is added: else XLA makes them, as large as
     # the table, whenever it likes, and keeps them through the layers' backward pass.
     zero, g = jax.lax.optimization_barrier((jnp.zeros([], column.dtype), g))
-    table = jnp.broadcast_to(zero, (column.shape[0], g.shape[-1]))
-    return table.at[ids].add(g.astype(column.dtype)), None
+    return jnp.broadcast_to(zero, (rows, g.shape[-1])).at[ids].add(g), None
 
 
 lookup.defvjp(_forward, _backward)
+
+
+def _summed_over_devices(g: jax.Array, ids: jax.Array, rows: int) -> jax.Array:
+    """``summed`` of each device's own tokens, added up."""
+    local = functools.partial(_summed_flat, rows=rows)
+    layout = active_layout()
+    if layout is None or layout.mesh.size == 1:
+        return local(g, ids)
+    tokens = layout.spec(("batch", "length")[: ids.ndim], ids.shape)
+    names = [n for axis in tokens if axis for n in ((axis,) if isinstance(axis, str) else axis)]
+    return jax.shard_map(
+        lambda g, ids: jax.lax.psum(local(g, ids), tuple(names)),
+        mesh=layout.mesh,
+        in_specs=(tokens, tokens),
+        out_specs=PartitionSpec(),
+    )(g, ids)
+
+
+def _summed_flat(g: jax.Array, ids: jax.Array, rows: int) -> jax.Array:
+    return summed(g.reshape(-1, g.shape[-1]), ids.reshape(-1), rows).astype(g.dtype)
+
+
+def summed(g: jax.Array, ids: jax.Array, rows: int) -> jax.Array:
+    """Row v of the result is the sum of the rows of ``g`` whose id is v: what ``.at[ids].add``
+    does, by sorting and reading.
+
+    A scatter whose indices repeat is a loop of compare-and-swap on GPUs for bfloat16, and for
+    float32 too as jaxlib 0.10.2 and 0.11.0 compile it: hundreds of times slower where many tokens
+    are the same (openxla/xla#46225).
+
+    Args:
+      g: [N, D].
+      ids: int [N]; those that are no row's are left out.
+      rows: V.
+
+    Returns:
+      float32 [V, D].
+    """
+    order = jnp.argsort(ids)
+    pad = -len(ids) % CHUNK
+    ids_MC = jnp.pad(ids[order], (0, pad), constant_values=rows).reshape(-1, CHUNK)
+    g_MCD = jnp.pad(g[order], ((0, pad), (0, 0))).reshape(*ids_MC.shape, -1)
+    # Within a chunk of sorted rows: the sum of each run of equal ids, by a product with ones.
+    begins = jnp.pad(ids_MC[:, 1:] != ids_MC[:, :-1], ((0, 0), (1, 0)))
+    run_MC = jnp.cumsum(begins, axis=1)
+    member = (run_MC[:, None] == jnp.arange(CHUNK)[:, None]).astype(g.dtype)
+    sums_MCD = jnp.einsum(
+        "mrc,mcd->mrd", member, g_MCD, precision="highest", preferred_element_type=jnp.float32
+    )
+    # A row's first run lies where its id would be put; there is none where another's id stands.
+    flat = ids_MC.reshape(-1)
+    first = jnp.minimum(jnp.searchsorted(flat, jnp.arange(rows)), len(flat) - 1)
+    at = first - first % CHUNK + run_MC.reshape(-1)[first]
+    found = flat[first] == jnp.arange(rows)
+    total = jnp.where(found[:, None], sums_MCD.reshape(len(flat), -1)[at], 0)
+    if len(ids_MC) == 1:
+        return total
+    # What a chunk goes on with from the one before is the run of its first id: chunks are rows too.
+    goes_on = ids_MC[1:, 0] == ids_MC[:-1, -1]
+    return total + summed(sums_MCD[1:, 0], jnp.where(goes_on, ids_MC[1:, 0], rows), rows)
