@@ -1,0 +1,1 @@
+"""Models in from Hugging Face and out to it, without torch."""
