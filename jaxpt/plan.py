@@ -135,6 +135,8 @@ def _gpus(chip: str, count: int) -> list[Any]:
         raise ConfigError(
             "topology", f'{chip}: JAX\'s CUDA plugin is missing: pip install "jax[cuda12]"'
         )
+    # The plugin would not load where there is no driver to ask for its version.
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     described = topologies.get_topology_desc(
         platform="cuda",
         topology_name=chip,
