@@ -77,7 +77,7 @@ def times(computations: Mapping[str, list[Instruction]], entry: str) -> collecti
             if instruction.opcode not in _CALLS:
                 counts[instruction.name] += n
                 continue
-            each = n * (_trips(computations, instruction) if instruction.opcode == "while" else 1)
+            each = n * (trips(computations, instruction) if instruction.opcode == "while" else 1)
             called = _CALLED.findall(instruction.text)
             for branches in _BRANCHES.findall(instruction.text):
                 called += _NAME.findall(branches)
@@ -88,7 +88,7 @@ def times(computations: Mapping[str, list[Instruction]], entry: str) -> collecti
     return counts
 
 
-def _trips(computations: Mapping[str, list[Instruction]], loop: Instruction) -> int:
+def trips(computations: Mapping[str, list[Instruction]], loop: Instruction) -> int:
     """How often a loop's body runs. JAX's count from zero while they are below a constant.
 
     Raises:
