@@ -37,12 +37,20 @@ def one_by_one(decode, tokens, cache, segments=None):
     return jnp.concatenate(out, 1), cache
 
 
+LAYERS = {
+    "rotary": {"placement": "after", "qk_norm_whole": True},
+    "learned": {"embedding_width": 10, "embedding_projection": "in_and_out", "out_bias": True},
+    "alibi": {"parallel": True, "parallel_norms": True, "scan": False},
+}
+
+
 @pytest.mark.parametrize("prefixed", [False, True])
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_decoder(positions, prefixed):
-    attention = Attention(heads=4, kv_heads=2, window=(5, None), qk_norm=True)
-    scan = positions != "alibi"
-    config = derive(positions=POSITIONS[positions], attention=attention, scan=scan)
+    changes = dict(LAYERS.get(positions, {}))
+    inside = {k: changes.pop(k) for k in ("qk_norm_whole", "out_bias") if k in changes}
+    attention = Attention(heads=4, kv_heads=2, window=(5, None), qk_norm=True, **inside)
+    config = derive(positions=POSITIONS[positions], attention=attention, **changes)
     model = config.build(VOCAB)
     params = perturbed(model)
     tokens = make_batch(9)["tokens"]

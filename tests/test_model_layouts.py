@@ -47,8 +47,16 @@ def initial(model, seed=0):
     ("kind", "remat"), [("decoder", "full"), ("encoder", "none"), ("encoder_decoder", "none")]
 )
 def test_scanned_equals_unrolled(kind, remat):
-    attention = Attention(heads=4, window=(3, None))
-    scanned = derive(kind=kind, positions=POSITIONS["relative"], remat=remat, attention=attention)
+    changes = {
+        "decoder": {"parallel": True, "parallel_norms": True, "embedding_width": 10,
+                    "embedding_projection": "in_and_out"},
+        "encoder": {"placement": "after"},
+        "encoder_decoder": {},
+    }[kind]  # fmt: skip
+    whole = kind == "encoder"
+    attention = Attention(heads=4, window=(3, None), qk_norm=whole, qk_norm_whole=whole)
+    layout = {"kind": kind, "positions": POSITIONS["relative"], "remat": remat}
+    scanned = derive(**layout, attention=attention, **changes)
     unrolled = dataclasses.replace(scanned, scan=False, remat="none")
     models = scanned.build(VOCAB), unrolled.build(VOCAB)
     params = [initial(m) for m in models]
@@ -260,6 +268,16 @@ def test_flops_of_a_product_by_hand():
         (lambda: Attention(window=(0,)), "window"),
         (lambda: Attention(softcap=0.0), "softcap"),
         (lambda: Attention(dropout=1.0), "dropout"),
+        (lambda: Attention(qk_norm_whole=True), "qk_norm_whole"),
+        (lambda: derive(parallel_norms=True), "parallel_norms"),
+        (lambda: derive(parallel=True, parallel_norms=True, placement="post"), "parallel_norms"),
+        (lambda: derive(embedding_width=8, tied=True), "tied"),
+        (
+            lambda: derive(
+                embedding_width=8, embedding_projection="in_and_out", head_transform=True
+            ),
+            "embedding_projection",
+        ),
         (lambda: derive(layers=3, attention=Attention(heads=4, window=(2, 4))), "attention.window"),
         (lambda: derive(encoder_layers=2), "encoder_layers"),
         (lambda: derive(kind="both"), "kind"),

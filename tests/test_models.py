@@ -54,25 +54,28 @@ class Numpy:
         return self.project(f"{at}/down", hidden)
 
     def rotate(self, x, positions):
-        half = x.shape[-1] // 2
+        half = int(x.shape[-1] * self.config.positions.fraction) // 2
         angle = positions[:, None] * self.config.positions.base ** (-np.arange(half) / half)
-        z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)
-        return np.concatenate([z.real, z.imag], -1)
+        z = (x[..., :half] + 1j * x[..., half : 2 * half]) * np.exp(1j * angle)
+        return np.concatenate([z.real, z.imag, x[..., 2 * half :]], -1)
 
     def attention(self, at, x, source, see, positions, window=None):
         """x [T, D], source [S, D], see [T, S]."""
         c, rotary = self.config.attention, isinstance(self.config.positions, Rotary)
         width, heads, kv = self.config.head_dim, c.heads, c.kv_heads or c.heads
         q, k, v = (
-            self.project(f"{at}/{name}", y).reshape(len(y), -1, width)
+            self.project(f"{at}/{name}", y)
             for name, y in (("query", x), ("key", source), ("value", source))
         )
+        if c.qk_norm_whole:
+            q, k = self.norm(f"{at}/query_norm", q), self.norm(f"{at}/key_norm", k)
+        q, k, v = (y.reshape(len(y), -1, width) for y in (q, k, v))
         out = np.zeros((len(x), heads, width))
         distance = np.arange(len(source))[None] - np.arange(len(x))[:, None]
         for n in range(heads):
             g = n // (heads // kv)
             qn, kn, vn = q[:, n], k[:, g], v[:, g]
-            if c.qk_norm:
+            if c.qk_norm and not c.qk_norm_whole:
                 qn, kn = self.norm(f"{at}/query_norm", qn), self.norm(f"{at}/key_norm", kn)
             if rotary and positions is not None:
                 qn, kn = self.rotate(qn, positions), self.rotate(kn, positions)
@@ -94,6 +97,8 @@ class Numpy:
             return self.norm(f"{at}_norm", x + f(x))
         if placement == "sandwich":
             return x + self.norm(f"{at}_norm_after", f(self.norm(f"{at}_norm_before", x)))
+        if placement == "after":
+            return x + self.norm(f"{at}_norm", f(x))
         return x + f(self.norm(f"{at}_norm", x))
 
     def row(self, tokens, segments, positions, prefix):
@@ -102,6 +107,9 @@ class Numpy:
         x = self.p["embedding/w"][tokens] * (math.sqrt(c.width) if c.scale_embeddings else 1)
         if c.token_types:
             x = x + self.p["token_types/w"][0]
+        both_ways = c.embedding_projection == "in_and_out"
+        if both_ways:
+            x = x @ self.p["decoder/embedding_projection/w"]
         if isinstance(c.positions, Learned):
             x = x + self.p["decoder/positions/w"][positions + c.positions.offset]
         if c.embedding_norm:
@@ -119,12 +127,18 @@ class Numpy:
             def mlp(x, at=at):
                 return self.mlp(f"{at}/mlp", x)
 
-            if c.parallel:
+            if c.parallel_norms:
+                x = self.residual(f"{at}/attention", x, attend) + (
+                    self.residual(f"{at}/mlp", x, mlp) - x
+                )
+            elif c.parallel:
                 x = self.residual(f"{at}/branches", x, lambda x, f=attend, g=mlp: f(x) + g(x))
             else:
                 x = self.residual(f"{at}/attention", x, attend)
                 x = self.residual(f"{at}/mlp", x, mlp)
         x = self.norm("decoder/final_norm", x) if c.has_final_norm else x
+        if both_ways:
+            return x @ self.p["output_projection/w"]
         if c.head_transform:
             y = self.project("transform", x)
             erf = np.vectorize(math.erf)
@@ -144,6 +158,14 @@ VARIANTS = {
     "sandwich": {"placement": "sandwich", "norm": LayerNorm(bias=False)},
     "parallel": {"parallel": True, "placement": "sandwich"},
     "grouped": {"attention": Attention(heads=4, kv_heads=2, qk_norm=True, head_dim=6, softcap=1.0)},
+    "OLMo 2's": {"placement": "after",
+                 "attention": Attention(heads=4, kv_heads=2, qk_norm=True, qk_norm_whole=True)},
+    "Falcon's": {"parallel": True, "parallel_norms": True, "norm": LayerNorm(),
+                 "attention": Attention(heads=4, kv_heads=1)},
+    "OPT's": {"embedding_width": 10, "embedding_projection": "in_and_out", "tied": True,
+              "positions": Learned(16, offset=2), "placement": "post", "norm": LayerNorm()},
+    "Qwen 2's": {"attention": Attention(heads=4, bias=True, out_bias=False)},
+    "partial rotary": {"attention": Attention(heads=2), "positions": Rotary(100.0, fraction=0.75)},
     "window": {"attention": Attention(heads=4, window=(2, None), bias=True, scale=0.7)},
     "relu2 with biases": {"mlp": MLP(width=24, activation="relu2", bias=True)},
     "gated silu": {"mlp": MLP(activation="silu", gated=True)},

@@ -9,6 +9,14 @@ from jaxpt.models.mlp import MLP
 from jaxpt.models.model import Model, Network
 from jaxpt.models.norm import LayerNorm, Norm, RMSNorm
 from jaxpt.models.position import ALiBi, Learned, NoPositions, Positions, RelativeBias, Rotary
+from jaxpt.models.scaling import (
+    DynamicNTK,
+    LinearScaling,
+    Llama3Scaling,
+    LongRoPE,
+    RotaryScaling,
+    YaRN,
+)
 from jaxpt.models.transformer import Transformer
 
 __all__ = [
@@ -18,9 +26,13 @@ __all__ = [
     "Cache",
     "Discriminator",
     "Distilled",
+    "DynamicNTK",
     "Electra",
     "LayerNorm",
     "Learned",
+    "LinearScaling",
+    "Llama3Scaling",
+    "LongRoPE",
     "Model",
     "ModelConfig",
     "Network",
@@ -30,5 +42,7 @@ __all__ = [
     "RMSNorm",
     "RelativeBias",
     "Rotary",
+    "RotaryScaling",
     "Transformer",
+    "YaRN",
 ]

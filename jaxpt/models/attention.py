@@ -24,7 +24,10 @@ class Attention:
     kv_heads: int | None = None  # key/value heads K, a divisor of heads; None: as many
     head_dim: int | None = None  # width H of a head; None: the model's width / heads
     bias: bool = False  # whether query, key, value and output projections have biases
-    qk_norm: bool = False  # whether each head's queries and keys go through the model's norm
+    out_bias: bool | None = None  # whether the output projection has one; None: as bias (Qwen2: no)
+    qk_norm: bool = False  # whether queries and keys go through the model's norm
+    # whether that norm is of all heads' channels together (OLMo 2), not of each head's by itself
+    qk_norm_whole: bool = False
     scale: float | None = None  # of the scores; None: head_dim^-0.5 (T5 has 1)
     softcap: float | None = None  # bounds the scores by its magnitude; None: no bound
     window: tuple[
@@ -40,6 +43,8 @@ class Attention:
                 raise ConfigError(field, f"{value} is not valid; give 1 or more")
         if self.heads % (self.kv_heads or self.heads):
             raise ConfigError("kv_heads", f"{self.kv_heads} must divide heads = {self.heads}")
+        if self.qk_norm_whole and not self.qk_norm:
+            raise ConfigError("qk_norm_whole", "there is no norm to be of the whole: set qk_norm")
         if self.softcap is not None and self.softcap <= 0:
             raise ConfigError("softcap", f"{self.softcap} is not valid; it must be above 0")
         if any(w is not None and w < 1 for w in self.window):
@@ -106,10 +111,12 @@ class AttentionModule(nnx.Module):
         projection(self, scope, "query", width, queries, ("embed", "heads"), bias=config.bias)
         projection(self, scope, "key", width, keys, ("embed", "kv_heads"), bias=config.bias)
         projection(self, scope, "value", width, keys, ("embed", "kv_heads"), bias=config.bias)
-        projection(self, scope, "out", queries, width, ("heads", "embed"), bias=config.bias)
+        bias = config.bias if config.out_bias is None else config.out_bias
+        projection(self, scope, "out", queries, width, ("heads", "embed"), bias=bias)
         if config.qk_norm:
-            self.query_norm = norm.build(scope / "query_norm", self.head_dim)
-            self.key_norm = norm.build(scope / "key_norm", self.head_dim)
+            whole = config.qk_norm_whole
+            self.query_norm = norm.build(scope / "query_norm", queries if whole else self.head_dim)
+            self.key_norm = norm.build(scope / "key_norm", keys if whole else self.head_dim)
 
     def queries(self, x_BTD: jax.Array, angles=None) -> jax.Array:
         """[B, T, N, H], rotated by ``angles`` where given."""
@@ -123,10 +130,13 @@ class AttentionModule(nnx.Module):
 
     def _heads(self, name: str, x: jax.Array, angles, axis: str) -> jax.Array:
         y = project(self, name, x)
+        norm = getattr(self, f"{name}_norm", None)
+        if norm is not None and self.config.qk_norm_whole:
+            y = norm(y)
         y = y.reshape(*y.shape[:-1], -1, self.head_dim)
         y = constrain(y, "batch", "length" if y.shape[1] > 1 else None, axis, "head_dim")
-        if self.config.qk_norm and name != "value":
-            y = getattr(self, f"{name}_norm")(y)
+        if norm is not None and not self.config.qk_norm_whole:
+            y = norm(y)
         return y if angles is None else rotate(y, angles)
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, rule: Rule, *, bias=None, window=None, key=None):

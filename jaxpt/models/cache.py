@@ -26,6 +26,11 @@ class Cache:
     cross_values: jax.Array | None = None
     cross_segments: jax.Array | None = None  # int32 [B, S']
 
+    @property
+    def length(self) -> int:
+        """S, the tokens that a row has room for."""
+        return self.keys.shape[2]
+
     @classmethod
     def empty(cls, layers: int, batch: int, length: int, kv_heads: int, head_dim: int, dtype):
         """A cache without tokens and without an encoder."""

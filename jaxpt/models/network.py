@@ -58,8 +58,8 @@ class Stack(Layers):
         super().__init__(config, scope, depth, cross=cross)
         positions, width, embedded = config.positions, config.width, config.width_of_embedding
         if isinstance(positions, Learned):
-            at = scope / "positions"
-            self.positions = like.positions if like else PositionTable(positions, at, embedded)
+            at, columns = scope / "positions", config.width_of_positions
+            self.positions = like.positions if like else PositionTable(positions, at, columns)
         if isinstance(positions, RelativeBias):
             heads = config.attention.heads
             self.relative_bias = BiasTable(
@@ -70,7 +70,8 @@ class Stack(Layers):
             self.embedding_norm = like.embedding_norm if like else config.norm.build(at, embedded)
         if embedded != width:
             axes = (None, "embed")
-            projection(self, scope, "embedding_projection", embedded, width, axes, bias=True)
+            bias = not config.projects_out
+            projection(self, scope, "embedding_projection", embedded, width, axes, bias=bias)
         if config.has_final_norm:
             self.final_norm = config.norm.build(scope / "final_norm", width)
 
@@ -86,17 +87,20 @@ class Stack(Layers):
         cache: Cache | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         config = self.config
+        if config.projects_out:
+            x_BTD = project(self, "embedding_projection", x_BTD)
         if isinstance(config.positions, Learned):
             x_BTD = x_BTD + self.positions(positions_BT, x_BTD.dtype)
         if config.embedding_norm:
             x_BTD = self.embedding_norm(x_BTD)
         keys = (None, None) if key is None or not config.has_dropout else jax.random.split(key)
         x_BTD = dropout(x_BTD, config.dropout, keys[0])
-        if config.width_of_embedding != config.width:
+        if config.width_of_embedding != config.width and not config.projects_out:
             x_BTD = project(self, "embedding_projection", x_BTD)
         angles = None
         if isinstance(config.positions, Rotary):
-            angles = rotary_angles(positions_BT, config.head_dim, config.positions.base)
+            length = x_BTD.shape[1] if cache is None else cache.length
+            angles = rotary_angles(positions_BT, config.positions, config.head_dim, length)
         bias = self._bias()
         if cache is None:
             length, implementation = x_BTD.shape[1], config.attention.implementation
@@ -152,6 +156,9 @@ class Network(nnx.Module):
         if config.head_transform:
             projection(self, scope, "transform", config.width, width, ("embed", None), bias=True)
             self.transform_norm = config.norm.build(scope / "transform_norm", width)
+        if config.projects_out:
+            axes = ("embed", None)
+            projection(self, scope, "output_projection", config.width, width, axes, bias=False)
         rows = config.padded_vocab(self.vocab_size)
         if not config.tied:
             self.lm_head = scope.weight("lm_head", width, rows, ("embed", "vocab"), FanIn())
@@ -315,10 +322,12 @@ class Network(nnx.Module):
             x = x + self.token_types.w[...][0].astype(x.dtype)
         if config.inner_positions:
             table = self.inner_positions.w[...]
-            x = x + (table[0] if inner is None else jnp.take(table, inner, axis=0)).astype(x.dtype)
+            x = x + (table[0] if inner is None else lookup(table, inner)).astype(x.dtype)
         return constrain(x, "batch", "length" if x.shape[1] > 1 else None, "width")
 
     def _output(self, x: jax.Array) -> jax.Array:
+        if self.config.projects_out:
+            return project(self, "output_projection", x)
         if not self.config.head_transform:
             return x
         activation = ACTIVATIONS[self.config.mlp.activation]

@@ -6,11 +6,14 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 import kernels.attention as kernel
 from jaxpt.errors import ConfigError
 from jaxpt.mesh import constrain
+from jaxpt.models.lookup import lookup
+from jaxpt.models.scaling import RotaryScaling
 from jaxpt.weights.base import Scope
 from jaxpt.weights.init import FanIn, Normal
 
@@ -32,14 +35,47 @@ class NoPositions(Positions):
 class Rotary(Positions):
     """Rotary embedding of queries and keys (Su et al. 2021, eq. 34), by position in the example.
 
-    Channel i is paired with channel i + H/2 (as LLaMA in Hugging Face's layout).
+    Channel i is paired with channel i + R/2 (as LLaMA in Hugging Face's layout), where the first R
+    of a head's H channels are rotated.
     """
 
     base: float = 10000.0  # wavelengths grow from 2 pi to 2 pi base
+    fraction: float = 1.0  # share of a head's channels that is rotated, R = int(H fraction)
+    scaling: RotaryScaling | None = None  # changes the frequencies, to read further; None: none
 
     def __post_init__(self):
         if not self.base > 1:
             raise ConfigError("base", f"{self.base} is not valid; it must be above 1")
+        if not 0 < self.fraction <= 1:
+            raise ConfigError("fraction", f"{self.fraction} is not valid; give above 0, up to 1")
+
+    def channels(self, head_dim: int) -> int:
+        """R, the number of channels of a head that are rotated."""
+        return int(head_dim * self.fraction)
+
+    def check(self, head_dim: int) -> None:
+        """Raises ConfigError where heads of this width cannot be rotated."""
+        channels = self.channels(head_dim)
+        if channels < 2 or channels % 2:
+            raise ConfigError(
+                "attention.head_dim",
+                f"of {head_dim} channels {channels} would be rotated, which Rotary cannot pair",
+            )
+        if self.scaling is not None:
+            try:
+                self.scaling.check(channels)
+            except ConfigError as error:
+                raise error.within("positions.scaling") from None
+
+    def frequencies(self, head_dim: int, length: int) -> tuple[np.ndarray, float]:
+        """The angle from one position to the next of each pair of channels, float64 [R/2], in rows
+        of ``length`` positions; and the factor of cos and sin."""
+        pairs = self.channels(head_dim) // 2
+        frequencies = self.base ** (-np.arange(pairs) / pairs)
+        if self.scaling is None:
+            return frequencies, 1.0
+        scaled = self.scaling.scaled(frequencies, self.base, length)
+        return scaled, self.scaling.magnitude
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,19 +122,22 @@ class Learned(Positions):
 
 
 def rotate(x_BTNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates each pair of channels (i, i + H/2) by its angle (``rotary_angles``), in float32."""
+    """Rotates each pair of channels (i, i + R/2) by its angle (``rotary_angles``), in float32."""
     cos, sin = angles
-    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+    pairs = cos.shape[-1]
+    a, b, rest = jnp.split(x_BTNH.astype(jnp.float32), (pairs, 2 * pairs), axis=-1)
+    rotated = [a * cos - b * sin, b * cos + a * sin]
+    return jnp.concatenate([*rotated, rest], axis=-1).astype(x_BTNH.dtype)
 
 
 def rotary_angles(
-    positions_BT: jax.Array, head_dim: int, base: float
+    positions_BT: jax.Array, rotary: Rotary, head_dim: int, length: int
 ) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of ``position * base^(-2i/H)``, each float32 [B, T, 1, H/2]."""
-    frequency = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = positions_BT.astype(jnp.float32)[..., None, None] * frequency
-    return jnp.cos(angle), jnp.sin(angle)
+    """cos and sin of ``position * frequency``, each float32 [B, T, 1, R/2]; ``length`` is the
+    row's: see ``RotaryScaling``."""
+    frequencies, factor = rotary.frequencies(head_dim, length)
+    angle = positions_BT.astype(jnp.float32)[..., None, None] * frequencies.astype(np.float32)
+    return factor * jnp.cos(angle), factor * jnp.sin(angle)
 
 
 class BiasTable(nnx.Module):
@@ -126,4 +165,4 @@ class PositionTable(nnx.Module):
 
     def __call__(self, positions_BT: jax.Array, dtype) -> jax.Array:
         table = constrain(self.w[...], "positions", "width")  # as the embedding's
-        return jnp.take(table, positions_BT + self.offset, axis=0).astype(dtype)
+        return lookup(table, positions_BT + self.offset).astype(dtype)

@@ -86,7 +86,7 @@ class Layer(nnx.Module):
             )
         self.mlp = config.mlp.build(scope / "mlp", width)
         branches = ("attention", "cross_attention", "mlp") if cross else ("attention", "mlp")
-        for name in ("branches",) if config.parallel else branches:
+        for name in ("branches",) if config.parallel and not config.parallel_norms else branches:
             if config.placement != "sandwich":
                 setattr(self, f"{name}_norm", norm.build(scope / f"{name}_norm", width))
             else:
@@ -113,22 +113,35 @@ class Layer(nnx.Module):
         branches = {"attention": attention, "cross_attention": cross_attention, "mlp": mlp}
         if not self.cross:
             del branches["cross_attention"]
-        if self.config.parallel:
+        if self.config.parallel and not self.config.parallel_norms:
             parts = tuple(branches.values())
             branches = {"branches": lambda x: sum(part(x) for part in parts)}
+        if self.config.parallel_norms:
+            added = sum(self._normed(name, f)(x_BTD) for name, f in branches.items())
+            return self._sum(x_BTD, added), cache
         for name, branch in branches.items():
-            x_BTD = self._residual(x_BTD, name, branch)
+            norm = getattr(self, f"{name}_norm") if self.config.placement == "post" else None
+            x_BTD = self._sum(x_BTD, self._normed(name, branch)(x_BTD), norm)
         return x_BTD, cache
 
-    def _residual(self, x, name: str, branch):
-        placement = self.config.placement
-        before = {"pre": f"{name}_norm", "sandwich": f"{name}_norm_before"}.get(placement)
-        y = branch(getattr(self, before)(x) if before else x)
-        if placement == "sandwich":
-            y = getattr(self, f"{name}_norm_after")(y)
+    def _normed(self, name: str, branch):
+        """The branch with the norms that stand before and after it, as a function."""
+        before, after = {
+            "pre": (f"{name}_norm", None),
+            "post": (None, None),
+            "after": (None, f"{name}_norm"),
+            "sandwich": (f"{name}_norm_before", f"{name}_norm_after"),
+        }[self.config.placement]
+
+        def normed(x):
+            y = branch(getattr(self, before)(x) if before else x)
+            return getattr(self, after)(y) if after else y
+
+        return normed
+
+    def _sum(self, x, y, norm=None):
         y = x + checkpoint_name(y, "branch")
-        if placement == "post":
-            y = getattr(self, f"{name}_norm")(y)
+        y = y if norm is None else norm(y)
         return constrain(y, "batch", "length" if y.shape[1] > 1 else None, "width")
 
     def _self_attention(self, x, context: Context, window, key, cache: Cache | None, index):

@@ -23,7 +23,8 @@ from kernels.platform import platform
 if TYPE_CHECKING:
     from jaxpt.models.network import Network
 
-Placement = Literal["pre", "post", "sandwich"]
+Placement = Literal["pre", "post", "after", "sandwich"]
+Projection = Literal["in", "in_and_out"]
 Remat = Literal["none", "full", "dots", "dots_no_batch", "branches"]
 DType = Literal["float32", "bfloat16"]
 
@@ -38,14 +39,19 @@ class Transformer(ModelConfig):
     encoder_layers: int | None = None  # layers of an encoder-decoder's encoder; None: as many
     # width of embeddings and learned positions, projected to the model's (ALBERT); None: width
     embedding_width: int | None = None
+    # in: embeddings and positions are projected, with a bias; in_and_out: embeddings alone, and
+    # before the output the states back, without biases (OPT 350M)
+    embedding_projection: Projection = "in"
     attention: Attention = Attention()  # heads, their widths and what is done to scores
     mlp: MLP = MLP()  # hidden width, activation and gating
     norm: Norm = RMSNorm()  # kind of every norm
     positions: Positions = Rotary()  # how order is seen
-    placement: Placement = "pre"  # norm before each branch, after the sum (BERT), or around it
+    # norm before each branch, after the sum (post: BERT), after the branch (OLMo 2), or around it
+    placement: Placement = "pre"
     final_norm: bool | None = None  # norm after the last layer; None: unless placement is post
     embedding_norm: bool = False  # norm after the embedding (BERT, BLOOM)
     parallel: bool = False  # attention and MLP side by side on one norm's output (GPT-J, PaLM)
+    parallel_norms: bool = False  # whether each of them has a norm of its own (GPT-NeoX, Falcon)
     tied: bool = False  # whether the output projection is the embedding's transpose
     scale_embeddings: bool = False  # multiply embeddings by sqrt(width)
     logit_scale: float = 1.0  # multiplies the logits (tied T5 1.0: width^-0.5)
@@ -73,18 +79,20 @@ class Transformer(ModelConfig):
                 raise ConfigError(field, f"{value} is not valid; give 1 or more")
         for field, known in (
             ("kind", ("decoder", "encoder", "encoder_decoder")),
-            ("placement", ("pre", "post", "sandwich")),
+            ("placement", ("pre", "post", "after", "sandwich")),
+            ("embedding_projection", ("in", "in_and_out")),
             ("remat", ("none", "full", "dots", "dots_no_batch", "branches")),
             ("compute", ("auto", "float32", "bfloat16")),
             ("dtype", ("float32", "bfloat16")),
         ):
             if getattr(self, field) not in known:
                 raise ConfigError(field, f"{getattr(self, field)!r} is none of {', '.join(known)}")
-        if self.tied and not self.head_transform and self.width_of_embedding != self.width:
+        self._check_embedding()
+        if self.parallel_norms and (not self.parallel or self.placement == "post"):
             raise ConfigError(
-                "tied",
-                f"states of width {self.width} have no product with embeddings of width "
-                f"{self.embedding_width}; set head_transform, which brings them there",
+                "parallel_norms",
+                "branches have norms of their own, side by side, where parallel is set and "
+                "placement is pre, after or sandwich",
             )
         if self.kind != "encoder_decoder" and self.encoder_layers is not None:
             raise ConfigError("encoder_layers", "only an encoder_decoder has them; leave it None")
@@ -92,8 +100,8 @@ class Transformer(ModelConfig):
             head_dim = self.attention.width_of_head(self.width)
         except ConfigError as error:
             raise error.within("attention") from None
-        if isinstance(self.positions, Rotary) and head_dim % 2:
-            raise ConfigError("attention.head_dim", f"{head_dim} is odd, which Rotary cannot pair")
+        if isinstance(self.positions, Rotary):
+            self.positions.check(head_dim)
         self._check_scan()
         if self.logit_softcap is not None and self.logit_softcap <= 0:
             raise ConfigError("logit_softcap", f"{self.logit_softcap} is not valid; give above 0")
@@ -106,6 +114,20 @@ class Transformer(ModelConfig):
                 f"decoder (this is {self.kind})",
             )
         check_rate("dropout", self.dropout)
+
+    def _check_embedding(self):
+        if self.projects_out and (self.head_transform or self.embedding_norm):
+            raise ConfigError(
+                "embedding_projection",
+                "in_and_out has no place for head_transform or embedding_norm",
+            )
+        if self.tied and self.width_of_output != self.width_of_embedding:
+            raise ConfigError(
+                "tied",
+                f"states of width {self.width} have no product with embeddings of width "
+                f"{self.embedding_width}; set head_transform, or embedding_projection to "
+                "in_and_out, which bring them there",
+            )
 
     def _check_scan(self):
         period = len(self.attention.window)
@@ -163,7 +185,7 @@ class Transformer(ModelConfig):
 
     @property
     def width_of_embedding(self) -> int:
-        """Width of the embedding and of learned positions."""
+        """Width of the embedding."""
         return self.embedding_width or self.width
 
     @property
@@ -173,9 +195,20 @@ class Transformer(ModelConfig):
         return 1 / math.sqrt(self.width_of_embedding) if self.tied else 1.0
 
     @property
+    def projects_out(self) -> bool:
+        """Whether states are brought to the embedding's width before the output, by a matrix."""
+        return self.embedding_projection == "in_and_out" and self.width_of_embedding != self.width
+
+    @property
+    def width_of_positions(self) -> int:
+        """Width of learned positions."""
+        return self.width if self.projects_out else self.width_of_embedding
+
+    @property
     def width_of_output(self) -> int:
         """Width of the states that meet the output projection."""
-        return self.width_of_embedding if self.head_transform else self.width
+        back = self.head_transform or self.projects_out
+        return self.width_of_embedding if back else self.width
 
     @property
     def head_dim(self) -> int:
