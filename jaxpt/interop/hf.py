@@ -22,9 +22,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpt.data.encoding import Tokenizer
 from jaxpt.data.vocabulary import Vocabulary
 from jaxpt.errors import ConfigError, DataError
 from jaxpt.files import write_json
+from jaxpt.interop import tokenizer as tokenizers
 from jaxpt.interop.families import FAMILIES
 from jaxpt.interop.family import Family, expressed
 from jaxpt.interop.fields import Fields
@@ -159,7 +161,7 @@ def write(
     out: str | os.PathLike,
     model: Model,
     params: Params,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     *,
     family: str | None = None,
     dtype: str | None = None,
@@ -198,6 +200,8 @@ def write(
     ids = {} if tokenizer is None else special_ids(_config(model), tokenizer.vocabulary)
     with appearing(out) as folder:
         write_shards(folder, _saved(table, held, jnp.dtype(dtype)), shard_bytes)
+        if tokenizer is not None:
+            tokenizers.write(folder, tokenizer, _config(model).kind)
         write_json(folder / GENERATION, ids)
         write_json(folder / CONFIG, config | ids)
     return chosen
