@@ -199,6 +199,7 @@ class Generator:
         prefix = np.zeros_like(segments)
         for i, prompt in enumerate(prompts):
             prefix[i] = segments[i] * prompt.prefix
+            prefix[i, len(prompt.tokens) - prompt.given :] = 0
         batch = {"tokens": tokens, "segments": segments, "positions": positions, "prefix": prefix}
         if any(prompt.blank is not None for prompt in prompts):
             batch |= self._blanks(prompts, positions, prefix)

@@ -23,6 +23,7 @@ from jaxpt.mesh import Layout, single
 from jaxpt.optimizers.base import Optimizer
 from jaxpt.program import Program
 from jaxpt.run import Phase, Run
+from jaxpt.scoring import Scorer
 from jaxpt.state import Params
 
 
@@ -51,6 +52,11 @@ class Loaded:
         """Writes with these parameters; see ``jaxpt.generate.generate`` for texts."""
         program = self.program
         return Generator(program.model, self.params, program.vocabulary, program.layout)
+
+    def scorer(self, batch: int = 16) -> Scorer:
+        """Scores answers with these parameters, ``batch`` at a time."""
+        program = self.program
+        return Scorer(program.model, self.params, program.vocabulary, program.layout, batch)
 
 
 def load(

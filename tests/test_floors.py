@@ -30,6 +30,7 @@ FLOORS = (
     ("jaxpt.report", "jaxpt.monitor", "jaxpt.signals"),
     ("jaxpt.run",),
     ("jaxpt.folder", "jaxpt.program", "jaxpt.generator"),
+    ("jaxpt.scoring",),
     ("jaxpt.loading", "jaxpt.samples", "jaxpt.summary", "jaxpt.checkpoint_commands", "jaxpt.due"),
     (
         "jaxpt.train",

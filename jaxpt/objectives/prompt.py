@@ -43,6 +43,7 @@ class Prompt:
     middle: position in ``text`` that what is written takes the place of; None: it goes after it.
     blank: position in ``tokens`` of the blank that is filled: what is written stands at it, and
       counts its inner positions. The last token is its start, which the others do not see.
+    given: tokens at the end that belong to the answer: those before do not see them.
     """
 
     tokens: np.ndarray
@@ -52,6 +53,7 @@ class Prompt:
     holes: np.ndarray | None = None
     middle: int | None = None
     blank: int | None = None
+    given: int = 0
 
 
 def prompt(
@@ -79,6 +81,46 @@ def prompt(
     """
     if not len(ids):
         raise ConfigError("prompt", "it is empty; give a text")
+    chosen = _chosen(objective, vocabulary, ids, mode)
+    return form(chosen, vocabulary, np.asarray(ids, np.int32), two_streams)
+
+
+def opening(
+    objective: Objective,
+    vocabulary: Vocabulary,
+    ids: np.ndarray,
+    *,
+    mode: str | None = None,
+    two_streams: bool,
+) -> Prompt:
+    """The prompt after which the text that follows ``ids`` (int32 [n], n >= 0) comes at once.
+
+    As ``prompt``; but a span filler's first sentinel is written already, so that what comes next is
+    text for all.
+
+    Raises:
+      ConfigError: no component announces this mode, or the model predicts in place alone.
+    """
+    chosen = _chosen(objective, vocabulary, ids, mode)
+    if isinstance(chosen, MaskedLM):
+        raise ConfigError("objective", "the model fills masks; it knows no text that follows")
+    start = vocabulary.pad if vocabulary.bos is None else vocabulary.bos
+    ids = np.asarray(ids, np.int32)
+    if isinstance(chosen, Infilling):
+        return Prompt(np.array([start, *ids], np.int32), text=ids)
+    asked = form(chosen, vocabulary, ids, two_streams)
+    if _fills_spans(chosen):
+        tokens = np.array([*asked.tokens, *vocabulary.sentinels[:1]], np.int32)
+        return dataclasses.replace(asked, tokens=tokens, given=1)
+    if not len(asked.tokens):
+        return dataclasses.replace(asked, tokens=np.array([start], np.int32))
+    return asked
+
+
+def _chosen(
+    objective: Objective, vocabulary: Vocabulary, ids: np.ndarray, mode: str | None
+) -> Objective:
+    """The component that ``ids`` and ``mode`` ask."""
     known = list(components(objective))
     announced = list(dict.fromkeys(m for c in known if (m := getattr(c, "mode", None)) is not None))
     if mode is not None:
@@ -88,8 +130,7 @@ def prompt(
         known = [c for c in known if getattr(c, "mode", None) == mode]
     spans = bool(np.isin(ids, vocabulary.sentinels).any())
     masks = vocabulary.mask is not None and bool((ids == vocabulary.mask).any())
-    chosen = max(known, key=lambda c: (_fills_spans(c) == spans) + (_fills_masks(c) == masks))
-    return form(chosen, vocabulary, np.asarray(ids, np.int32), two_streams)
+    return max(known, key=lambda c: (_fills_spans(c) == spans) + (_fills_masks(c) == masks))
 
 
 def components(objective: Objective) -> Iterator[Objective]:
