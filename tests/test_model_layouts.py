@@ -51,12 +51,12 @@ def test_scanned_equals_unrolled(kind, remat):
         "decoder": {"parallel": True, "parallel_norms": True, "embedding_width": 10,
                     "embedding_projection": "in_and_out"},
         "encoder": {"placement": "after"},
-        "encoder_decoder": {},
+        "encoder_decoder": {"positions": RelativeBias(8, 12, per_layer=True)},
     }[kind]  # fmt: skip
     whole = kind == "encoder"
     attention = Attention(heads=4, window=(3, None), qk_norm=whole, qk_norm_whole=whole)
-    layout = {"kind": kind, "positions": POSITIONS["relative"], "remat": remat}
-    scanned = derive(**layout, attention=attention, **changes)
+    layout = {"kind": kind, "positions": POSITIONS["relative"], "remat": remat} | changes
+    scanned = derive(**layout, attention=attention)
     unrolled = dataclasses.replace(scanned, scan=False, remat="none")
     models = scanned.build(VOCAB), unrolled.build(VOCAB)
     params = [initial(m) for m in models]
@@ -72,8 +72,28 @@ def test_scanned_equals_unrolled(kind, remat):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), da, stacking.stacked(db))
 
 
-def test_unrolled_layers_would_draw_the_same_by_themselves():
-    model = derive(scan=False).build(VOCAB)
+def test_a_table_for_each_layer_is_its_own_and_may_be_one_for_all():
+    """umT5's relative bias: with the same table in every layer it is T5's."""
+    shared, own = (derive(positions=RelativeBias(8, 12, per_layer=p)) for p in (False, True))
+    params = drawn(shared.build(VOCAB))
+    table = params["decoder"].pop("relative_bias")
+    layers = params["decoder"]["layers"]
+    each = jax.tree.map(lambda x: jnp.stack([x, x]), table)
+    alike = {**params, "decoder": params["decoder"] | {"layers": layers | {"relative_bias": each}}}
+    batch = make_batch()
+    run = jax.jit(lambda p: own.build(VOCAB).bind(p)(batch))
+    back = {**params, "decoder": params["decoder"] | {"relative_bias": table}}
+    want = states(shared.build(VOCAB), back, batch)
+    np.testing.assert_allclose(run(alike), want, atol=1e-6)
+    for layer in (0, 1):
+        other = jax.tree.map(lambda x, i=layer: x.at[i].multiply(-1), each)
+        alike["decoder"]["layers"]["relative_bias"] = other
+        assert np.abs(run(alike) - want).max() > 1e-3
+
+
+@pytest.mark.parametrize("changes", [{}, {"first_norm": False}])
+def test_unrolled_layers_would_draw_the_same_by_themselves(changes):
+    model = derive(scan=False, **changes).build(VOCAB)
     each = jax.jit(lambda key: stacking.split(model._network(key, Record()))[1])(jax.random.key(0))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), initial(model), each)
 
@@ -270,6 +290,8 @@ def test_flops_of_a_product_by_hand():
         (lambda: Attention(dropout=1.0), "dropout"),
         (lambda: Attention(qk_norm_whole=True), "qk_norm_whole"),
         (lambda: derive(parallel_norms=True), "parallel_norms"),
+        (lambda: derive(first_norm=False), "first_norm"),
+        (lambda: Rotary(local_base=1.0), "local_base"),
         (lambda: derive(parallel=True, parallel_norms=True, placement="post"), "parallel_norms"),
         (lambda: derive(embedding_width=8, tied=True), "tied"),
         (

@@ -53,9 +53,11 @@ class Numpy:
         hidden = act(self.project(f"{at}/gate", x)) * up if c.gated else act(up)
         return self.project(f"{at}/down", hidden)
 
-    def rotate(self, x, positions):
-        half = int(x.shape[-1] * self.config.positions.fraction) // 2
-        angle = positions[:, None] * self.config.positions.base ** (-np.arange(half) / half)
+    def rotate(self, x, positions, window):
+        rotary = self.config.positions
+        base = rotary.local_base if window and rotary.local_base else rotary.base
+        half = int(x.shape[-1] * rotary.fraction) // 2
+        angle = positions[:, None] * base ** (-np.arange(half) / half)
         z = (x[..., :half] + 1j * x[..., half : 2 * half]) * np.exp(1j * angle)
         return np.concatenate([z.real, z.imag, x[..., 2 * half :]], -1)
 
@@ -78,7 +80,7 @@ class Numpy:
             if c.qk_norm and not c.qk_norm_whole:
                 qn, kn = self.norm(f"{at}/query_norm", qn), self.norm(f"{at}/key_norm", kn)
             if rotary and positions is not None:
-                qn, kn = self.rotate(qn, positions), self.rotate(kn, positions)
+                qn, kn = (self.rotate(y, positions, window) for y in (qn, kn))
             s = qn @ kn.T * (width**-0.5 if c.scale is None else c.scale)
             if c.softcap:
                 s = c.softcap * np.tanh(s / c.softcap)
@@ -99,6 +101,8 @@ class Numpy:
             return x + self.norm(f"{at}_norm_after", f(self.norm(f"{at}_norm_before", x)))
         if placement == "after":
             return x + self.norm(f"{at}_norm", f(x))
+        if not self.config.first_norm and at == "decoder/layers_0/attention":
+            return x + f(x)
         return x + f(self.norm(f"{at}_norm", x))
 
     def row(self, tokens, segments, positions, prefix):
@@ -174,6 +178,10 @@ VARIANTS = {
     "learned": {"positions": Learned(16, offset=2), "scale_embeddings": True, "logit_scale": 0.3},
     "BERT's head": {"tied": True, "output_bias": True, "head_transform": True, "token_types": 2,
                     "mlp": MLP(width=24, activation="gelu")},
+    "ModernBERT's": {"positions": Rotary(100.0, local_base=7.0), "norm": LayerNorm(bias=False),
+                     "attention": Attention(heads=4, window=(None, 4)), "first_norm": False,
+                     "tied": True, "head_transform": True, "head_transform_bias": False,
+                     "mlp": MLP(width=24, activation="gelu")},
 }  # fmt: skip
 
 

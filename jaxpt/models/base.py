@@ -58,7 +58,8 @@ class ModelConfig:
         return all(network.stacked for network in self.networks.values())
 
     def with_stacks(self) -> ModelConfig:
-        """The same model with stacked layers: its parameters are these, stacked."""
+        """The same model with stacked layers: its parameters are these, stacked, and what the
+        layers must have to be alike."""
         raise NotImplementedError
 
     def validate(self, length: int, target_length: int | None = None) -> None:

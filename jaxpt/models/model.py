@@ -74,7 +74,8 @@ class Model:
                 params = stacking.unstacked(params)
             elif not network.stacked:
                 params[name] = stacking.unstacked(params[name])
-        return params
+        flat = flatten(params)  # where the first layer has no norm, the stacked ones have one
+        return unflatten({path: flat[path] for path in self.tensors})
 
     def abstract(self) -> Params:
         """The parameters' shapes and dtypes."""

@@ -60,7 +60,7 @@ class Stack(Layers):
         if isinstance(positions, Learned):
             at, columns = scope / "positions", config.width_of_positions
             self.positions = like.positions if like else PositionTable(positions, at, columns)
-        if isinstance(positions, RelativeBias):
+        if isinstance(positions, RelativeBias) and not positions.per_layer:
             heads = config.attention.heads
             self.relative_bias = BiasTable(
                 positions, scope / "relative_bias", heads, width, encoder
@@ -97,23 +97,26 @@ class Stack(Layers):
         x_BTD = dropout(x_BTD, config.dropout, keys[0])
         if config.width_of_embedding != config.width and not config.projects_out:
             x_BTD = project(self, "embedding_projection", x_BTD)
-        angles = None
+        angles = local_angles = None
         if isinstance(config.positions, Rotary):
-            length = x_BTD.shape[1] if cache is None else cache.length
-            angles = rotary_angles(positions_BT, config.positions, config.head_dim, length)
+            rotary, length = config.positions, x_BTD.shape[1] if cache is None else cache.length
+            angles = rotary_angles(positions_BT, rotary, config.head_dim, length)
+            if rotary.local is not None:
+                local_angles = rotary_angles(positions_BT, rotary.local, config.head_dim, length)
         bias = self._bias()
         if cache is None:
             length, implementation = x_BTD.shape[1], config.attention.implementation
             sharded = sharding_layout() is not None
             bias = kernel.shared_bias(bias, length, length, implementation, sharded=sharded)
-        context = Context(rule, angles, bias, cross_rule, encoded)
+        context = Context(rule, angles, bias, cross_rule, encoded, local_angles)
         x_BTD, cache = self.run(x_BTD, context, keys[1], cache)
         return self.final_norm(x_BTD) if config.has_final_norm else x_BTD, cache
 
     def _bias(self):
-        if isinstance(self.config.positions, RelativeBias):
+        positions = self.config.positions
+        if isinstance(positions, RelativeBias) and not positions.per_layer:
             return self.relative_bias()
-        if isinstance(self.config.positions, ALiBi):
+        if isinstance(positions, ALiBi):
             return kernel.ALiBi(jnp.asarray(kernel.alibi_slopes(self.config.attention.heads)))
         return None
 
@@ -154,7 +157,8 @@ class Network(nnx.Module):
         """What comes after the stack."""
         config, width = self.config, self.config.width_of_output
         if config.head_transform:
-            projection(self, scope, "transform", config.width, width, ("embed", None), bias=True)
+            axes, bias = ("embed", None), config.head_transform_bias
+            projection(self, scope, "transform", config.width, width, axes, bias=bias)
             self.transform_norm = config.norm.build(scope / "transform_norm", width)
         if config.projects_out:
             axes = ("embed", None)

@@ -42,12 +42,22 @@ class Rotary(Positions):
     base: float = 10000.0  # wavelengths grow from 2 pi to 2 pi base
     fraction: float = 1.0  # share of a head's channels that is rotated, R = int(H fraction)
     scaling: RotaryScaling | None = None  # changes the frequencies, to read further; None: none
+    local_base: float | None = None  # base in layers with a window (ModernBERT); None: the same
 
     def __post_init__(self):
         if not self.base > 1:
             raise ConfigError("base", f"{self.base} is not valid; it must be above 1")
         if not 0 < self.fraction <= 1:
             raise ConfigError("fraction", f"{self.fraction} is not valid; give above 0, up to 1")
+        if self.local_base is not None and not self.local_base > 1:
+            raise ConfigError("local_base", f"{self.local_base} is not valid; give above 1")
+
+    @property
+    def local(self) -> Rotary | None:
+        """That of layers with a window, where it is another: it is not scaled."""
+        if self.local_base is None:
+            return None
+        return Rotary(self.local_base, self.fraction)
 
     def channels(self, head_dim: int) -> int:
         """R, the number of channels of a head that are rotated."""
@@ -80,11 +90,12 @@ class Rotary(Positions):
 
 @dataclasses.dataclass(frozen=True)
 class RelativeBias(Positions):
-    """T5's bias on scores (Raffel et al. 2020), one table a stack, shared by its layers."""
+    """T5's bias on scores (Raffel et al. 2020)."""
 
     buckets: int = 32  # rows of the table; halved in each direction where it is bidirectional
     max_distance: int = 128  # distances from here on share a bucket
     bidirectional: bool | None = None  # buckets for later keys; None: in encoders only, as T5
+    per_layer: bool = False  # a table for each layer (umT5), not one that a stack's layers share
 
     def __post_init__(self):
         if self.buckets < 4 or self.buckets % 4:
@@ -141,7 +152,7 @@ def rotary_angles(
 
 
 class BiasTable(nnx.Module):
-    """The relative bias of one stack."""
+    """The relative bias of one stack, or of one layer."""
 
     def __init__(self, config: RelativeBias, scope: Scope, heads: int, width: int, encoder: bool):
         self.config = config

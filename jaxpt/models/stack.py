@@ -19,6 +19,7 @@ from jaxpt.models import stacking
 from jaxpt.models.attention import AttentionModule, Rule
 from jaxpt.models.cache import Cache
 from jaxpt.models.mlp import dropout
+from jaxpt.models.position import BiasTable, RelativeBias
 from jaxpt.models.transformer import Transformer
 from jaxpt.weights.base import Scope
 
@@ -39,6 +40,7 @@ class Context:
     bias: Any = None  # on the scores of self-attention
     cross_rule: Rule | None = None
     encoded: jax.Array | None = None  # [B, S', D]; None where the cache holds its keys
+    local_angles: Any = None  # of layers with a window, where they have their own
 
 
 # (layers, x, context, key) -> x after all layers
@@ -76,8 +78,9 @@ def watched() -> Iterator[list[jax.Array]]:
 
 
 class Layer(nnx.Module):
-    def __init__(self, config: Transformer, scope: Scope, *, cross: bool):
+    def __init__(self, config: Transformer, scope: Scope, *, cross: bool, first: bool = False):
         self.config, self.cross = config, cross
+        self.unnormed = ("attention",) if first and not config.first_norm else ()
         attention, width, norm = config.attention, config.width, config.norm
         self.attention = AttentionModule(attention, scope / "attention", width, norm)
         if cross:
@@ -87,12 +90,17 @@ class Layer(nnx.Module):
         self.mlp = config.mlp.build(scope / "mlp", width)
         branches = ("attention", "cross_attention", "mlp") if cross else ("attention", "mlp")
         for name in ("branches",) if config.parallel and not config.parallel_norms else branches:
+            if name in self.unnormed:
+                continue
             if config.placement != "sandwich":
                 setattr(self, f"{name}_norm", norm.build(scope / f"{name}_norm", width))
             else:
                 for side in ("before", "after"):
                     at = f"{name}_norm_{side}"
                     setattr(self, at, norm.build(scope / at, width))
+        if isinstance(config.positions, RelativeBias) and config.positions.per_layer:
+            encoder, at = config.depth_of_encoder > 0 and not cross, scope / "relative_bias"
+            self.relative_bias = BiasTable(config.positions, at, attention.heads, width, encoder)
 
     def __call__(self, x_BTD, context: Context, window, key, cache: Cache | None, index):
         """One layer. ``index`` is its number, which says where its keys lie in ``cache``."""
@@ -132,6 +140,7 @@ class Layer(nnx.Module):
             "after": (None, f"{name}_norm"),
             "sandwich": (f"{name}_norm_before", f"{name}_norm_after"),
         }[self.config.placement]
+        before = None if name in self.unnormed else before
 
         def normed(x):
             y = branch(getattr(self, before)(x) if before else x)
@@ -145,15 +154,18 @@ class Layer(nnx.Module):
         return constrain(y, "batch", "length" if y.shape[1] > 1 else None, "width")
 
     def _self_attention(self, x, context: Context, window, key, cache: Cache | None, index):
-        q = self.attention.queries(x, context.angles)
-        k, v = self.attention.keys_values(x, context.angles)
+        local = window is not None and context.local_angles is not None
+        angles = context.local_angles if local else context.angles
+        q = self.attention.queries(x, angles)
+        k, v = self.attention.keys_values(x, angles)
         if cache is not None:
             at = (index, jnp.arange(x.shape[0])[:, None], context.rule.positions)
             keys = cache.keys.at[at].set(k.astype(cache.keys.dtype), mode="drop")
             values = cache.values.at[at].set(v.astype(cache.values.dtype), mode="drop")
             cache = dataclasses.replace(cache, keys=keys, values=values)
             k, v = keys[index].astype(q.dtype), values[index].astype(q.dtype)
-        y = self.attention.attend(q, k, v, context.rule, bias=context.bias, window=window, key=key)
+        bias = self.relative_bias() if hasattr(self, "relative_bias") else context.bias
+        y = self.attention.attend(q, k, v, context.rule, bias=bias, window=window, key=key)
         return y, cache
 
     def _cross_attention(self, x, context: Context, key, cache: Cache | None, index):
@@ -178,7 +190,7 @@ class Layers(nnx.Module):
         self.path = at.path  # of the layers' parameters
         if not config.scan:
             for i in range(depth):
-                setattr(self, f"layers_{i}", Layer(config, at.layer(i), cross=cross))
+                setattr(self, f"layers_{i}", Layer(config, at.layer(i), cross=cross, first=i == 0))
             return
         template = None
 

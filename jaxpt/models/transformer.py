@@ -51,6 +51,7 @@ class Transformer(ModelConfig):
     final_norm: bool | None = None  # norm after the last layer; None: unless placement is post
     embedding_norm: bool = False  # norm after the embedding (BERT, BLOOM)
     parallel: bool = False  # attention and MLP side by side on one norm's output (GPT-J, PaLM)
+    first_norm: bool = True  # whether the first layer's attention has its norm (ModernBERT's not)
     parallel_norms: bool = False  # whether each of them has a norm of its own (GPT-NeoX, Falcon)
     tied: bool = False  # whether the output projection is the embedding's transpose
     scale_embeddings: bool = False  # multiply embeddings by sqrt(width)
@@ -58,6 +59,7 @@ class Transformer(ModelConfig):
     logit_softcap: float | None = None  # bounds the logits by its magnitude; None: no bound
     output_bias: bool = False  # a bias for each vocabulary entry at the output
     head_transform: bool = False  # dense, activation and norm before the output (BERT's MLM head)
+    head_transform_bias: bool = True  # whether that dense has a bias
     token_types: int = 0  # rows of BERT's token-type table; row 0 is added to each embedding
     # rows of the table of positions inside a blank, for blank infilling (decoder only); 0: none
     inner_positions: int = 0
@@ -102,6 +104,12 @@ class Transformer(ModelConfig):
             raise error.within("attention") from None
         if isinstance(self.positions, Rotary):
             self.positions.check(head_dim)
+        if not self.first_norm and (self.scan or self.placement != "pre" or self.parallel):
+            raise ConfigError(
+                "first_norm",
+                "a first layer unlike the others needs scan=False, and placement pre without "
+                "parallel",
+            )
         self._check_scan()
         if self.logit_softcap is not None and self.logit_softcap <= 0:
             raise ConfigError("logit_softcap", f"{self.logit_softcap} is not valid; give above 0")
@@ -177,7 +185,7 @@ class Transformer(ModelConfig):
     def with_stacks(self) -> Transformer:
         # Windows do not touch the parameters, but their number has to divide the layers'.
         attention = dataclasses.replace(self.attention, window=())
-        return dataclasses.replace(self, scan=True, attention=attention)
+        return dataclasses.replace(self, scan=True, attention=attention, first_norm=True)
 
     @property
     def max_length(self) -> int | None:
