@@ -19,6 +19,7 @@ differentiated as a whole, each stack by the loop here, which keeps the inputs o
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,28 +29,23 @@ import optax
 from jax.extend.core import Var
 
 from jaxpt.errors import ConfigError
-from jaxpt.growth.base import Update, UpdateFunction, bound
+from jaxpt.growth.base import Bound, Update, bound
 from jaxpt.models import stacking
 from jaxpt.models.model import Model
 from jaxpt.models.stack import Layers, running
 from jaxpt.objectives.base import Batch, Objective
 from jaxpt.optimizers.base import Built
 from jaxpt.optimizers.in_place import update_in_place
-from jaxpt.optimizers.rules import (
-    ByTensor,
-    gathered,
-    keys_of,
-    one_layer,
-    scattered,
-    units,
-)
+from jaxpt.optimizers.rules import ByTensor, gathered, keys_of, one_layer, scattered, units
 from jaxpt.state import Params, TrainState, flatten, trainable, unflatten, whole
 from jaxpt.steps import (
+    NOTHING,
     LossFunction,
     Metrics,
     Step,
     StepFunction,
     begun,
+    looks,
     loss_function,
     token_counts,
 )
@@ -91,8 +87,9 @@ class LayerwiseStep(Step):
                     f"updates.{i}", f"{name} needs gradients, which no step keeps here"
                 )
         assert isinstance(optimizer, Built)
-        loss, after = loss_function(model, objective, domains), bound(updates, model, optimizer)
-        inner = layerwise_step(loss, model, optimizer, after)
+        losses = functools.partial(loss_function, objective=objective, domains=domains)
+        after = bound(updates, model, optimizer)
+        inner = layerwise_step(losses(model), model, optimizer, after, losses)
 
         def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
             return inner(state, objective.whole(batch), key)
@@ -123,14 +120,21 @@ class _Reached(Exception):
 
 
 def layerwise_step(
-    loss: LossFunction, model: Model, optimizer: Built, updates: Sequence[UpdateFunction] = ()
+    loss: LossFunction,
+    model: Model,
+    optimizer: Built,
+    updates: Bound = NOTHING,
+    losses: Callable[[Model], LossFunction] | None = None,
 ) -> StepFunction:
-    """A step of gradient descent on the mean loss of a batch, layer by layer."""
+    """A step of gradient descent on the mean loss of a batch, layer by layer. ``losses``: of any
+    model, for updates that ask before the step."""
     stacked = {path for path, tensor in model.tensors.items() if tensor.stacked}
 
     def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
         state = begun(optimizer, _sparing(loss), state, batch, key)
+        spared = None if losses is None else lambda m: _sparing(losses(m))
+        state = updates.begin(state, looks(spared, batch, key), key)
         flat, own = flatten(state.params), _states(state.opt_state, state.params)
         rest = {path: p for path, p in flat.items() if path not in stacked}
         rest = trainable(rest, optimizer.rules)
@@ -157,13 +161,13 @@ def layerwise_step(
         states = tree.unflatten(own[path] for path in flatten(state.params))
         opt_state = ByTensor(state.opt_state.count + 1, states)
         result = TrainState(state.step + 1, unflatten(flat), opt_state, state.extra)
-        for i, each in enumerate(updates):
-            result = each(result, None, jax.random.fold_in(key, i + 1))
+        result, more = updates.end(result, None, key)
         grad_norm, update_norm = jnp.sqrt(update.norms)
         metrics = {
             "loss": (sums.total, sums.count),
             **sums.metrics,
             **token_counts(batch),
+            **more,
             "grad_norm": grad_norm,
             "update_norm": update_norm,
             "param_norm": optax.tree.norm(trainable(result.params)),

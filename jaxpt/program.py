@@ -246,8 +246,9 @@ class Program:
     @functools.cached_property
     def step_function(self) -> StepFunction:
         """The pure train step."""
+        updates = [update.in_phase(self.phase) for update in self.phase.updates]
         return self.phase.step.build(
-            self.model, self.phase.objective, self.optimizer, self.phase.updates, self.domains
+            self.model, self.phase.objective, self.optimizer, updates, self.domains
         )
 
     @functools.cached_property

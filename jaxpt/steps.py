@@ -18,7 +18,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpt.errors import ConfigError
-from jaxpt.growth.base import Update, UpdateFunction, bound
+from jaxpt.growth.base import Bound, Gradients, Update, bound
 from jaxpt.mesh import Layout
 from jaxpt.models.model import Model
 from jaxpt.objectives.base import Batch, Loss, Objective
@@ -28,6 +28,7 @@ from jaxpt.state import Params, TrainState, flatten, trainable, whole
 Metrics = dict[str, Any]  # name -> scalar, or (sum, count)
 StepFunction = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
 LossFunction = Callable[[Params, Batch, jax.Array | None], Loss]
+NOTHING = Bound()  # no updates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +55,9 @@ class Step:
           updates: transforms of the state at the end of the step.
           domains: names of the data's domains, where there are several; see ``loss_function``.
         """
-        loss = loss_function(model, objective, domains)
-        inner = train_step(loss, optimizer, self.accumulate, bound(updates, model, optimizer))
+        losses = functools.partial(loss_function, objective=objective, domains=domains)
+        after = bound(updates, model, optimizer)
+        inner = train_step(losses(model), optimizer, self.accumulate, after, losses)
 
         def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
             return inner(state, objective.whole(batch), key)
@@ -104,12 +106,14 @@ def train_step(
     loss: LossFunction,
     optimizer: optax.GradientTransformation,
     accumulate: int = 1,
-    updates: Sequence[UpdateFunction] = (),
+    updates: Bound = NOTHING,
+    losses: Callable[[Model], LossFunction] | None = None,
 ) -> StepFunction:
     """A step of gradient descent on the mean loss of the global batch.
 
     The gradient is that of sum(loss) / sum(count) over all micro-batches and devices: it does
-    not depend on how the batch is cut. Of what is frozen none is made.
+    not depend on how the batch is cut. Of what is frozen none is made. ``losses``: of any model,
+    for updates that ask before the step.
     """
     trained = optimizer.rules if isinstance(optimizer, Built) else None
     optimizer = optax.with_extra_args_support(optimizer)
@@ -117,18 +121,19 @@ def train_step(
     def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
         state = begun(optimizer, loss, state, batch, key, accumulate)
+        state = updates.begin(state, looks(losses, batch, key, accumulate), key)
         sums, grads = accumulated_gradients(loss, state.params, batch, key, accumulate, trained)
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums.count, 1).astype(g.dtype), grads)
         grads = whole(grads, jax.tree.map(jnp.zeros_like, state.params))
         changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, changes)
         new = TrainState(state.step + 1, params, opt_state, state.extra)
-        for i, update in enumerate(updates):
-            new = update(new, grads, jax.random.fold_in(key, i + 1))
+        new, more = updates.end(new, grads, key)
         metrics = {
             "loss": (sums.total, sums.count),
             **sums.metrics,
             **token_counts(batch),
+            **more,
             "grad_norm": optax.tree.norm(trainable(grads, trained)),
             "update_norm": optax.tree.norm(trainable(changes)),
             "param_norm": optax.tree.norm(trainable(params)),
@@ -155,6 +160,23 @@ def begun(
 
     params = optimizer.before(state.params, state.opt_state.count, gradients)
     return dataclasses.replace(state, params=params)
+
+
+def looks(
+    losses: Callable[[Model], LossFunction] | None,
+    batch: Batch,
+    key: jax.Array,
+    accumulate: int = 1,
+) -> Gradients:
+    """The mean loss's gradients on a step's batch, of any model, for what comes before the step."""
+
+    def gradients(model: Model, params: Params, paths: Container[str]) -> dict[str, jax.Array]:
+        assert losses is not None
+        sums, grads = accumulated_gradients(losses(model), params, batch, key, accumulate, paths)
+        count = jnp.maximum(sums.count, 1)
+        return {path: g / count.astype(g.dtype) for path, g in flatten(grads).items()}
+
+    return gradients
 
 
 def accumulated_gradients(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +13,11 @@ from jaxpt.errors import ConfigError
 
 # (TrainState after the optimizer's update, gradients or None, key) -> TrainState
 UpdateFunction = Callable[[Any, "dict[str, Any] | None", jax.Array], Any]
+# (model, its parameters, paths) -> path -> the gradient of the mean loss, on the batch that the
+# step is about to be made on. The model may be another than the one that is trained.
+Gradients = Callable[[Any, "dict[str, Any]", "Container[str]"], "dict[str, jax.Array]"]
+# (TrainState that the step begins with, gradients, key) -> TrainState
+BeforeFunction = Callable[[Any, Gradients, jax.Array], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +70,10 @@ class Update:
         """Its own state, a pytree of arrays (or {})."""
         raise NotImplementedError
 
+    def in_phase(self, phase: Any) -> Update:
+        """Itself with its durations in steps of the phase."""
+        return self
+
     @property
     def needs_gradients(self) -> bool:
         """Whether ``update`` looks at gradients, which not every step keeps."""
@@ -81,6 +91,19 @@ class Update:
         """
         return self.update
 
+    def before(self, model: Any, optimizer: Any) -> BeforeFunction | None:
+        """What a step calls before its own gradients are made, or None.
+
+        It may ask for gradients on the step's batch, of any model (each is a pass of its own, to be
+        made inside ``jax.lax.cond`` where it is not for every step). Arguments and errors are those
+        of ``bind``.
+        """
+        return None
+
+    def metrics(self, model: Any, state: Any) -> dict[str, Any]:
+        """What it adds to every step's metrics: name -> scalar, or (sum, count)."""
+        return {}
+
     def update(self, state: Any, grads: dict[str, Any] | None, key: jax.Array) -> Any:
         """The new TrainState; its own state stands in ``state.extra[self.name]``.
 
@@ -95,12 +118,38 @@ class Update:
         return params
 
 
-def bound(updates: Sequence[Update], model: Any, optimizer: Any) -> list[UpdateFunction]:
-    """What a step calls after the optimizer, in order. Raises ConfigError."""
-    functions = []
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """A phase's updates as a step calls them, each in their order."""
+
+    before: Sequence[tuple[int, BeforeFunction]] = ()  # with its place among the updates
+    after: Sequence[UpdateFunction] = ()
+    metrics: Sequence[Callable[[Any], dict[str, Any]]] = ()
+
+    def begin(self, state: Any, gradients: Gradients, key: jax.Array) -> Any:
+        """The state after what comes before a step's own gradients."""
+        for i, before in self.before:
+            own = jax.random.fold_in(jax.random.fold_in(key, i + 1), 0)
+            state = before(state, gradients, own)
+        return state
+
+    def end(self, state: Any, grads: Any, key: jax.Array) -> tuple[Any, dict[str, Any]]:
+        """(the state after what comes after the optimizer, the updates' metrics)."""
+        for i, after in enumerate(self.after):
+            state = after(state, grads, jax.random.fold_in(key, i + 1))
+        found = {name: value for each in self.metrics for name, value in each(state).items()}
+        return state, found
+
+
+def bound(updates: Sequence[Update], model: Any, optimizer: Any) -> Bound:
+    """The updates of a step. Raises ConfigError."""
+    before, after = [], []
     for i, update in enumerate(updates):
         try:
-            functions.append(update.bind(model, optimizer))
+            after.append(update.bind(model, optimizer))
+            function = update.before(model, optimizer)
         except ConfigError as error:
             raise error.within(f"updates.{i}") from None
-    return functions
+        if function is not None:
+            before.append((i, function))
+    return Bound(before, after, [functools.partial(u.metrics, model) for u in updates])

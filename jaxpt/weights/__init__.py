@@ -5,21 +5,30 @@ from jaxpt.weights.dense import Dense
 from jaxpt.weights.init import Constant, FanIn, FanInUniform, Init, Normal, XavierUniform
 from jaxpt.weights.lora import LoRA
 from jaxpt.weights.low_rank import LowRank
+from jaxpt.weights.masked import Masked
+from jaxpt.weights.patterns import Blocks, Entries, Groups, Pattern
 from jaxpt.weights.rows import Rows
+from jaxpt.weights.sparse import Sparse
 from jaxpt.weights.sparse_low_rank import SparsePlusLowRank
 from jaxpt.weights.support import Grouped, Support, Uniform
 
 __all__ = [
+    "Blocks",
     "Constant",
     "Dense",
+    "Entries",
     "FanIn",
     "FanInUniform",
     "Grouped",
+    "Groups",
     "Init",
     "LoRA",
     "LowRank",
+    "Masked",
     "Normal",
+    "Pattern",
     "Rows",
+    "Sparse",
     "SparsePlusLowRank",
     "Support",
     "Uniform",

@@ -100,6 +100,8 @@ class Weight:
     """
 
     factors: ClassVar[tuple[str, ...]] = ()
+    # what a sparse weight costs beside a dense one, in a line that a run begins with
+    cost: ClassVar[str | None] = None
 
     def build(self, scope: Scope, d_in: int, d_out: int, axes: Axes, init: Init) -> WeightModule:
         """The module. ``axes`` are logical, of (d_in, d_out); ``init`` draws the entries."""
