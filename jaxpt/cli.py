@@ -28,6 +28,7 @@ from jaxpt.cli_flags import (
     GenerateFlags,
     LaunchFlags,
     ListCheckpointsFlags,
+    PlanFlags,
     ShowFlags,
     TrainFlags,
     VerifyCheckpointsFlags,
@@ -71,6 +72,12 @@ def _bench(args: list[str]) -> int | None:
     path, rest = _operand(args, "bench", "CONFIG")
     run, flags = _configured(path, rest, "bench", BenchFlags())
     return _module("bench").main(run, name=path.stem, **flags)
+
+
+def _plan(args: list[str]) -> int | None:
+    path, rest = _operand(args, "plan", "CONFIG")
+    run, flags = _configured(path, rest, "plan", PlanFlags())
+    return _module("plan_command").main(run, name=path.stem, **flags)
 
 
 def _data_show(args: list[str]) -> int | None:
@@ -191,6 +198,11 @@ COMMANDS: dict[str, tuple[str, str, Callable[[list[str]], int | None]]] = {
     "eval": ("DIR [--split SPLIT]", "losses of a run on a split, denoiser by denoiser", _eval),
     "generate": ("DIR --prompt TEXT [--mode R|S|X]", "text from a run's model", _generate),
     "bench": ("CONFIG [--input-only]", "speed and memory of a config on this machine", _bench),
+    "plan": (
+        "CONFIG --topology CHIP:NUMBER [--search]",
+        "memory, exchanges and time on chips that are not here",
+        _plan,
+    ),
     "data show": ("CONFIG [--count N]", "examples as the model gets them, as text", _data_show),
     "data build": (
         "SOURCE OUT --tokenizer bytes|FILE",

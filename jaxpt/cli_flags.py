@@ -21,6 +21,13 @@ class TrainFlags:
 class EvalFlags:
     split: Literal["train", "validation"] = "validation"  # which documents
     at_step: int | None = None  # the step to evaluate; None: the latest
+    all_checkpoints: bool = False  # evaluate all that there are, into the run's folder probes/
+    tasks: tuple[str, ...] = ()  # of lm_eval to ask instead (names, or a,b); extra: eval
+    include_path: str | None = None  # folder of further tasks of lm_eval (YAML files)
+    limit: int | None = None  # documents of each task; None: all
+    fewshot: int | None = None  # examples in front of each question; None: the task's own number
+    mode: str | None = None  # UL2 mode to announce to tasks (R, S, X); None: of what goes on
+    max_length: int | None = None  # positions of a task's context; None: the model's own
     config: str | None = None  # the run's config file, where it has classes of its own
     json: bool = False  # print one JSON object
 
@@ -47,6 +54,17 @@ class BenchFlags:
     input_only: bool = False  # time the input pipeline alone
     warmup: int = 3  # steps before the clock starts
     timed: int = 20  # steps that are timed
+    json: bool = False  # print one JSON object
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanFlags:
+    # a chip (v4, v5e, v5p, v6e, h100, h200) and how many: v5e:4x4, v5p:2x2x1, h100:8
+    topology: str | None = None
+    share: float = 0.5  # of the chip's peak, which products of matrices are taken to reach
+    search: bool = False  # try meshes, remat policies and batches, and rank those that fit
+    batches: tuple[int, ...] = ()  # batches that the search tries; none: the config's
+    limit: int = 12  # most programs that the search compiles
     json: bool = False  # print one JSON object
 
 

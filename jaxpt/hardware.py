@@ -30,6 +30,10 @@ class Chip:
     memory: bytes of HBM (or GDDR) on the data sheet; a program gets a little less.
     bandwidth: bytes/s between that memory and the cores.
     source: where the figures come from.
+    interconnect: bytes/s that it can send to other devices near it (a TPU slice, the GPUs of a
+      host), over all its links, in one direction; None where it has none of its own.
+    network: bytes/s that it can send to those of other hosts, where that is something else: one
+      adapter of 400 Gbit/s a GPU, as DGX H100, H200 and B200 have.
     """
 
     kinds: tuple[str, ...]
@@ -38,6 +42,8 @@ class Chip:
     memory: float
     bandwidth: float
     source: str
+    interconnect: float | None = None
+    network: float | None = None
 
 
 def _nvidia(page: str) -> str:
@@ -51,10 +57,14 @@ _H100 = _nvidia("data-center/h100/")
 CHIPS = (
     Chip(("TPU v2",), "TPU v2 core", 22.5e12, 8 * 2**30, 350e9, TPU_PAGES + "v2"),
     Chip(("TPU v3",), "TPU v3 core", 61.5e12, 16 * 2**30, 450e9, TPU_PAGES + "v3"),
-    Chip(("TPU v4",), "TPU v4", 275e12, 32 * 2**30, 1228e9, TPU_PAGES + "v4"),
-    Chip(("TPU v5 lite", "TPU v5e"), "TPU v5e", 197e12, 16 * 2**30, 819e9, TPU_PAGES + "v5e"),
-    Chip(("TPU v5", "TPU v5p"), "TPU v5p", 459e12, 95 * 2**30, 2765e9, TPU_PAGES + "v5p"),
-    Chip(("TPU v6 lite", "TPU v6e"), "TPU v6e", 918e12, 32 * 2**30, 1638e9, TPU_PAGES + "v6e"),
+    Chip(("TPU v4",), "TPU v4", 275e12, 32 * 2**30, 1228e9, TPU_PAGES + "v4", 300e9),
+    Chip(
+        ("TPU v5 lite", "TPU v5e"), "TPU v5e", 197e12, 16 * 2**30, 819e9, TPU_PAGES + "v5e", 200e9
+    ),
+    Chip(("TPU v5", "TPU v5p"), "TPU v5p", 459e12, 95 * 2**30, 2765e9, TPU_PAGES + "v5p", 600e9),
+    Chip(
+        ("TPU v6 lite", "TPU v6e"), "TPU v6e", 918e12, 32 * 2**30, 1638e9, TPU_PAGES + "v6e", 400e9
+    ),
     Chip(("TPU7x",), "TPU 7x core", 1153.5e12, 96 * 2**30, 3690e9, TPU_PAGES + "tpu7x"),
     Chip(("Tesla T4",), "T4 (float16)", 65e12, 16e9, 320e9, _nvidia("data-center/tesla-t4/")),
     Chip(
@@ -65,9 +75,9 @@ CHIPS = (
         900e9,
         _nvidia("data-center/v100/"),
     ),
-    Chip(("NVIDIA A100-SXM4-40GB",), "A100 40 GB", 312e12, 40e9, 1555e9, _A100),
+    Chip(("NVIDIA A100-SXM4-40GB",), "A100 40 GB", 312e12, 40e9, 1555e9, _A100, 300e9),
     Chip(("NVIDIA A100-PCIE-40GB",), "A100 PCIe 40 GB", 312e12, 40e9, 1555e9, _A100),
-    Chip(("NVIDIA A100-SXM4-80GB",), "A100 80 GB", 312e12, 80e9, 2039e9, _A100),
+    Chip(("NVIDIA A100-SXM4-80GB",), "A100 80 GB", 312e12, 80e9, 2039e9, _A100, 300e9),
     Chip(("NVIDIA A100 80GB PCIe",), "A100 PCIe 80 GB", 312e12, 80e9, 1935e9, _A100),
     Chip(
         ("NVIDIA A10G",),
@@ -88,7 +98,7 @@ CHIPS = (
         1008e9,
         "https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf",
     ),
-    Chip(("NVIDIA H100 80GB HBM3",), "H100 SXM", 989.4e12, 80e9, 3350e9, _H100),
+    Chip(("NVIDIA H100 80GB HBM3",), "H100 SXM", 989.4e12, 80e9, 3350e9, _H100, 450e9, 50e9),
     Chip(("NVIDIA H100 PCIe",), "H100 PCIe", 756e12, 80e9, 2000e9, _H100),
     Chip(("NVIDIA H100 NVL",), "H100 NVL", 835e12, 94e9, 3900e9, _H100),
     Chip(
@@ -99,8 +109,12 @@ CHIPS = (
         4000e9,
         _nvidia("data-center/grace-hopper-superchip/"),
     ),
-    Chip(("NVIDIA H200",), "H200", 989.4e12, 141e9, 4800e9, _nvidia("data-center/h200/")),
-    Chip(("NVIDIA B200",), "B200", 2250e12, 180e9, 8000e9, _nvidia("data-center/hgx/")),
+    Chip(
+        ("NVIDIA H200",), "H200", 989.4e12, 141e9, 4800e9, _nvidia("data-center/h200/"), 450e9, 50e9
+    ),
+    Chip(
+        ("NVIDIA B200",), "B200", 2250e12, 180e9, 8000e9, _nvidia("data-center/hgx/"), 900e9, 50e9
+    ),
     Chip(("NVIDIA GB200",), "GB200", 2500e12, 186e9, 8000e9, _nvidia("data-center/gb200-nvl72/")),
 )
 

@@ -4,8 +4,8 @@ described topology, on a machine with neither TPU nor GPU.
     plan(program_on(run, "v5p:2x2x1"))
 
 A topology is a chip and how many of them: ``v5p:2x2x1`` as libtpu names it, or a number, ``v5e:1``
-or ``h100:8`` (GPUs of one host). TPUs take libtpu (``pip install "jax[tpu]"``), GPUs JAX's CUDA
-plugin (``pip install "jax[cuda12]"``).
+or ``h100:8`` (GPUs, eight of a host). TPUs take libtpu (``pip install "jax[tpu]"``), GPUs JAX's
+CUDA plugin (``pip install "jax[cuda12]"``).
 """
 
 from __future__ import annotations
@@ -14,18 +14,25 @@ import dataclasses
 import importlib.util
 import math
 import os
+import re
 import time
 from typing import Any
 
 import jax
 from jax.experimental import topologies
 
+from jaxpt import hardware
 from jaxpt.errors import ConfigError
+from jaxpt.hardware import Chip
+from jaxpt.hlo import Collective, traffic
+from jaxpt.operations import operations
 from jaxpt.program import Program
 from jaxpt.run import Run
+from jaxpt.state import flatten
 
 # The smallest topology that libtpu describes: one host's chips.
 HOST = {"v4": "2x2x1", "v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2"}
+GPUS_OF_HOST = 8
 
 _GPU = """
 gpu_device_info {{
@@ -55,22 +62,41 @@ GPUS = {
 class Plan:
     """Of one device, in bytes, as the compiler has it.
 
+    device: its kind, as JAX names it.
     devices: how many there are.
+    mesh: sizes of the mesh axes.
     parameters, state: of the arguments: the parameters, and what the optimizer and the updates
       keep.
+    gradients: of what is trained, as large as the parameters: of the temporaries where all are
+      there at once, before the update.
     aliased: outputs that take the place of arguments.
     flops: of a step, on all devices: the model's own, whatever the compiled program adds.
+    operations: of a step, on all devices, that the program has, what is computed again too.
+    moved: between memory and cores.
+    collectives: exchanges with other devices.
+    across: of what is sent in them, bytes that go to other hosts by a slower network.
+    tokens: positions of a step, on all devices.
+    steps: of the phase; None where that is not known beforehand.
     seconds: that the compilation took.
     """
 
+    device: str
     devices: int
+    mesh: dict[str, int]
     parameters: int
     state: int
+    gradients: int
     arguments: int
     outputs: int
     temporaries: int
     aliased: int
     flops: float
+    operations: float
+    moved: int
+    collectives: tuple[Collective, ...]
+    across: float
+    tokens: int
+    steps: int | None
     seconds: float
 
     @property
@@ -78,23 +104,93 @@ class Plan:
         """Arguments, outputs and temporaries, what is aliased counted once."""
         return self.arguments + self.outputs - self.aliased + self.temporaries
 
+    @property
+    def chip(self) -> Chip | None:
+        return hardware.chip(self.device)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the peak is within the memory of the chip's data sheet."""
+        return None if self.chip is None else self.peak <= self.chip.memory
+
+    def floors(self, share: float = 1.0) -> dict[str, float]:
+        """Seconds that a step takes at least by what it computes, at this share of the chip's peak;
+        by what it moves between memory and cores; and by what it sends to other devices over all
+        links at once. What XLA keeps in fast memory, and what it does at the same time, it does not
+        know. {} where the chip is not known."""
+        if self.chip is None:
+            return {}
+        sent = sum(each.sent for each in self.collectives) - self.across
+        found = {
+            "compute": self.operations / self.devices / (share * self.chip.flops),
+            "memory": self.moved / self.chip.bandwidth,
+        }
+        if sent and self.chip.interconnect:
+            found["interconnect"] = sent / self.chip.interconnect
+        if self.across and self.chip.network:
+            found["network"] = self.across / self.chip.network
+        return found
+
 
 def plan(program: Program) -> Plan:
-    """Compiles the program's train step for its mesh, and reads off what it takes."""
+    """Compiles the program's train step for its mesh, and reads off what it takes.
+
+    Raises:
+      DoesNotFit: the compiler has found no way to fit it into the chip's memory.
+    """
     began = time.perf_counter()
-    analysis = program.train_step.program.memory_analysis()
-    state = program.abstract
+    try:
+        compiled = program.train_step.program
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DoesNotFit(_said(str(error))) from None
+    seconds = time.perf_counter() - began
+    layout, state = program.layout, program.abstract
+    with layout.active():
+        traced = jax.make_jaxpr(program.step_function)(
+            state, program.abstract_batch, jax.eval_shape(lambda: jax.random.key(0))
+        )
+    analysis = compiled.memory_analysis()
+    mesh = {name: int(size) for name, size in layout.mesh.shape.items()}
+    device = layout.mesh.devices.flat[0]
+    found = traffic(compiled.as_text(), mesh, GPUS_OF_HOST if device.platform == "gpu" else None)
+    trained = [
+        leaf for path, leaf in flatten(state.params).items() if program.model.tensors[path].trained
+    ]
     return Plan(
-        devices=program.layout.mesh.size,
+        device=device.device_kind,
+        devices=layout.mesh.size,
+        mesh=mesh,
         parameters=_bytes(state.params),
         state=_bytes((state.opt_state, state.extra)),
+        gradients=_bytes(trained),
         arguments=analysis.argument_size_in_bytes,
         outputs=analysis.output_size_in_bytes,
         temporaries=analysis.temp_size_in_bytes,
         aliased=analysis.alias_size_in_bytes,
         flops=program.flops_per_step,
-        seconds=time.perf_counter() - began,
+        operations=operations(traced),
+        moved=found.bytes,
+        collectives=found.collectives,
+        across=found.across,
+        tokens=program.phase.tokens_per_step,
+        steps=program.phase.total_steps,
+        seconds=seconds,
     )
+
+
+class DoesNotFit(ConfigError):
+    """The compiler refuses a program whose memory the chip does not have."""
+
+    def __init__(self, said: str):
+        super().__init__("topology", f"does not fit: {said}")
+
+
+def _said(message: str) -> str:
+    """What of the compiler's words says how much is wanted and how much there is."""
+    found = re.search(r"Used [\d.]+\w? of [\d.]+\w? \w+", message)
+    return found[0] if found else message.split("\n")[0]
 
 
 def program_on(run: Run, topology: str, vocabulary: Any, phase: int = 0) -> Program:
@@ -141,7 +237,7 @@ def _gpus(chip: str, count: int) -> list[Any]:
         platform="cuda",
         topology_name=chip,
         target_config=GPUS[chip],
-        topology=f"1x1x{count}",
+        topology=f"1x{-(-count // GPUS_OF_HOST)}x{min(count, GPUS_OF_HOST)}",
     )
     return list(described.devices)
 

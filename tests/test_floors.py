@@ -13,7 +13,7 @@ FLOORS = (
     ("jaxpt", "jaxpt.errors", "jaxpt.duration", "jaxpt.files", "jaxpt.state", "jaxpt.config"),
     ("jaxpt.rollcall", "jaxpt.cli_flags"),
     ("jaxpt.distributed",),
-    ("jaxpt.mesh", "jaxpt.hardware", "jaxpt.environment"),
+    ("jaxpt.mesh", "jaxpt.hardware", "jaxpt.environment", "jaxpt.hlo", "jaxpt.operations"),
     ("jaxpt.weights", "jaxpt.data"),
     ("jaxpt.optimizers",),
     ("jaxpt.models", "jaxpt.objectives", "jaxpt.sparsity", "jaxpt.growth", "jaxpt.interop"),
@@ -32,6 +32,8 @@ FLOORS = (
     ("jaxpt.folder", "jaxpt.program", "jaxpt.generator"),
     ("jaxpt.scoring",),
     ("jaxpt.loading", "jaxpt.samples", "jaxpt.summary", "jaxpt.checkpoint_commands", "jaxpt.due"),
+    ("jaxpt.rate",),
+    ("jaxpt.examine", "jaxpt.interop.lm_eval"),
     (
         "jaxpt.train",
         "jaxpt.evaluate",
@@ -41,6 +43,7 @@ FLOORS = (
         "jaxpt.plan",
         "jaxpt.launch",
     ),
+    ("jaxpt.plan_command",),
     ("jaxpt.cli", "jaxpt.__main__", "experiments", "configs"),
 )
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}

@@ -1,7 +1,9 @@
 """Plans for chips that are not here: what they count, and what is said where none can be made."""
 
+import dataclasses
 import importlib.util
 import json
+import pathlib
 
 import jax
 import pytest
@@ -9,9 +11,11 @@ from test_steps import program_of
 from tiny import tiny_run
 
 from experiments import memory_table
+from jaxpt import cli, plan_command
 from jaxpt import plan as plans
 from jaxpt.data.vocabulary import Vocabulary
-from jaxpt.errors import ConfigError
+from jaxpt.errors import ConfigError, Exit
+from jaxpt.hlo import Collective
 from jaxpt.layerwise import LayerwiseStep
 from jaxpt.mesh import Mesh
 from jaxpt.models.transformer import Transformer
@@ -89,9 +93,7 @@ def test_temporaries_do_not_grow_with_depth(tmp_path, package, target):
     """Compiled for the chip: what a layer more adds is its saved input, and neither a gradient nor
     a copy of anything."""
     pytest.importorskip(package)
-    programs = [
-        plans.program_on(deep(tmp_path, n), target, Vocabulary(256, 0, 1)) for n in (2, 10)
-    ]
+    programs = [plans.program_on(deep(tmp_path, n), target, Vocabulary(256, 0, 1)) for n in (2, 10)]
     few, many = (plans.plan(program) for program in programs)
     layer = (many.parameters - few.parameters) / 8
     saved = 128 * 512 * 2
@@ -101,6 +103,12 @@ def test_temporaries_do_not_grow_with_depth(tmp_path, package, target):
         text = programs[0].train_step.program.as_text()
         scatters = [line for line in text.splitlines() if " scatter(" in line]
         assert all("unique_indices=true" in line for line in scatters), scatters
+
+
+def plan_of(**fields) -> plans.Plan:
+    values = {field.name: 0 for field in dataclasses.fields(plans.Plan)}
+    known = {"device": "TPU v5", "devices": 1, "mesh": {"data": 1}, "collectives": ()}
+    return plans.Plan(**values | known | fields)
 
 
 def test_every_row_of_the_memory_table_is_a_run(capsys, monkeypatch):
@@ -118,7 +126,7 @@ def test_every_row_of_the_memory_table_is_a_run(capsys, monkeypatch):
 
     asked = []
     monkeypatch.setattr(memory_table, "program_on", lambda *args: asked.append(args))
-    found = plans.Plan(1, 30, 40, 75, 74, 9, 70, flops=1.0, seconds=2.0)
+    found = plan_of(arguments=75, outputs=74, aliased=70, temporaries=9)
     monkeypatch.setattr(memory_table, "plan", lambda program: found)
     memory_table.main(["--models", "60m", "1b", "--methods", "Adam", "--json"])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -128,3 +136,117 @@ def test_every_row_of_the_memory_table_is_a_run(capsys, monkeypatch):
     assert (run.model.width, target, vocabulary.size) == (512, "h100:1", 32_000)
     memory_table.main(["--models", "60m", "--methods", "Adam"])
     assert "parameters" in capsys.readouterr().out
+
+
+# The command.
+
+
+def test_floors_of_a_plan():
+    """By hand: of 100 TFLOP on 4 chips at half of 459 a second, and so on."""
+    gather = Collective("all-gather", ("fsdp",), 4, 2, 800_000_000)
+    found = plan_of(
+        devices=4, operations=1e14, moved=2_765_000_000, collectives=(gather,), arguments=95 * 2**30
+    )
+    assert found.floors(0.5) == pytest.approx(
+        {"compute": 1e14 / 4 / (0.5 * 459e12), "memory": 1e-3, "interconnect": 1e-3}
+    )
+    assert found.fits
+    assert not dataclasses.replace(found, temporaries=1).fits
+    unknown = dataclasses.replace(found, device="cpu")
+    assert (unknown.floors(), unknown.fits) == ({}, None)
+    far = plan_of(device="NVIDIA H200", collectives=(gather,), across=gather.sent)
+    assert far.floors()["network"] == gather.sent / 50e9
+    assert "interconnect" not in far.floors()
+
+
+def test_what_the_compiler_refuses(tmp_path, monkeypatch):
+    program = program_of(tiny_run(tmp_path, mesh=Mesh(devices=1)))
+
+    def refused(*_):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.1G of 15.75G hbm. "
+            "Exceeded hbm capacity by 4.4G."
+        )
+
+    monkeypatch.setattr("jaxpt.program.compile_train_step", refused)
+    with pytest.raises(plans.DoesNotFit, match=r"does not fit: Used 20.1G of 15.75G hbm"):
+        plans.plan(program)
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    """On the devices that are here, in place of chips that are not; then held against what is
+    printed."""
+    run = tiny_run(tmp_path, mesh=Mesh(data=2, fsdp=2, tensor=2))
+    for module in (plans, plan_command):
+        monkeypatch.setattr(module, "devices_of", lambda topology: jax.devices())
+    own = {"name": "tiny", "topology": "v5p:8", "share": 0.5, "search": False}
+    own |= {"batches": (), "limit": 12}
+    assert plan_command.main(run, **own, json=True) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
+    assert row["operations"] == pytest.approx(row["flops"], rel=0.05)
+    assert {"fsdp", "tensor"} <= {axis for c in row["collectives"] for axis in c["axes"]}
+    assert row["fits"] is None  # no figures for a CPU
+
+    found = plan_of(
+        device="TPU v5", devices=8, mesh={"data": 8}, operations=1e15, flops=9e14, moved=10**9,
+        arguments=10**9, tokens=1000, steps=86_400,
+        collectives=(Collective("all-reduce", ("data",), 8, 3, 10**9),),
+    )  # fmt: skip
+    monkeypatch.setattr(plan_command, "plan", lambda program: found)
+    assert plan_command.main(run, **own, json=False) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    seconds = 1e15 / 8 / (0.5 * 459e12)
+    for words in (
+        "fits, 1% of 102.0", f"{1e3 * seconds:,.2f}", "bound by compute", "all-reduce",
+        f"{1000 / seconds:,.0f} tokens/s", f"{seconds:,.2f} days, {24 * 8 * seconds:,.0f} chip-",
+    ):  # fmt: skip
+        assert words in shown, words
+    large = dataclasses.replace(found, temporaries=10**12)
+    monkeypatch.setattr(plan_command, "plan", lambda program: large)
+    assert plan_command.main(run, **own, json=False) == Exit.OUT_OF_MEMORY
+    assert "does not fit" in capsys.readouterr().out
+
+
+def test_a_search(tmp_path, monkeypatch, capsys):
+    """Layouts that the config's sizes allow are compiled, and those that fit ranked by speed."""
+    run = tiny_run(tmp_path)
+    monkeypatch.setattr(plan_command, "devices_of", lambda topology: jax.devices())
+    monkeypatch.setattr(plan_command, "program_on", lambda run, *_: program_of(run))
+
+    def planned(program):
+        mesh, model = dict(program.layout.mesh.shape), program.model.config
+        if mesh["tensor"] > 1:
+            raise plans.DoesNotFit("Used 20G of 15G hbm")
+        peak = 10**12 if model.remat == "none" and mesh["data"] > 1 else 10**9
+        slower = {"none": 1, "dots": 2, "full": 3}[model.remat] * (1 + mesh["data"])
+        return plan_of(operations=slower * 1e12, arguments=peak, tokens=program.phase.batch)
+
+    monkeypatch.setattr(plan_command, "plan", planned)
+    own = {"name": "tiny", "topology": "v5p:8", "share": 0.5, "search": True, "limit": 100}
+    assert plan_command.main(run, **own, batches=(8, 16), json=True) == 0
+    found = json.loads(capsys.readouterr().out)
+    best = found["fit"][0]["name"]
+    assert best == "data 1 x fsdp 8 x tensor 1, batch 16, remat none"
+    rates = [row["tokens_per_second"] for row in found["fit"]]
+    assert rates == sorted(rates, reverse=True)
+    assert not any("tensor 2" in row["name"] for row in found["fit"])
+    refused = found["refused"]
+    assert refused["data 2 x fsdp 4 x tensor 1, batch 8, remat none"] == "1000.0 GB"
+    assert "20G of 15G" in refused["data 1 x fsdp 4 x tensor 2, batch 8, remat none"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--topology: missing"),
+        (["--topology", "v9:1"], "known: v4, v5e"),
+        (["--topology", "v5e:1", "--share", "1.5"], "--share: 1.5 is not valid"),
+        (["--topology", "v5e:1", "--batches", "8"], "--search alone"),
+        (["--topology", "v5e:1", "--search", "--limit", "0"], "--limit: 0 is not valid"),
+    ],
+)
+def test_what_the_command_refuses(flags, message, capsys):
+    config = pathlib.Path(__file__).parent.parent / "configs" / "bench_decoder_cpu.py"
+    assert cli.main(["plan", str(config), *flags]) == Exit.CONFIG
+    assert message in capsys.readouterr().err

@@ -1,0 +1,265 @@
+"""What a compiled program moves, from the text of its HLO: between memory and cores, and between
+devices.
+
+Counted over loops by their trips, which XLA's own cost analysis does not do. All sizes are those
+of one device.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from kernels.tpu_program import Instruction, instructions, trips
+
+_ARRAY = re.compile(r"\b(pred|bf16|token|[a-z]+(\d+)\w*)\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:body|to_apply|calls|true_computation|false_computation)=%([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_NAME = re.compile(r"%([\w.\-]+)")
+_LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_PAIRS = re.compile(r"source_target_pairs=\{(.*?)\}\}")
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_RUNS = ("while", "conditional", "call", "async-start", "fusion")
+# What moves nothing by itself.
+_FREE = (
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "opt-barrier",
+    "optimization-barrier",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "async-start",
+    "iota",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Exchanges of one kind over one group of devices, all those of one step together.
+
+    axes: mesh axes that the group lies along; () where it is no block of the mesh.
+    size: devices of a group.
+    count: how often a device takes part.
+    bytes: of the arrays that are gathered, reduced or passed on: whole, as one device sees them.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    size: int
+    count: int
+    bytes: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends at least: on a ring, (size - 1) / size of the array, and that
+        twice where it is reduced and handed out again."""
+        if self.kind == "collective-permute":
+            return self.bytes
+        rounds = 2 if self.kind == "all-reduce" else 1
+        return rounds * self.bytes * (self.size - 1) / self.size
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """What one device moves in a step.
+
+    bytes: read from memory and written to it, each operation by itself: what stays in caches is
+      not known of.
+    across: of what is sent in the collectives, bytes of those whose groups span hosts.
+    loops: those whose trips the text does not say, counted as one.
+    """
+
+    bytes: int
+    collectives: tuple[Collective, ...]
+    across: float
+    loops: tuple[str, ...]
+
+
+def traffic(text: str, mesh: Mapping[str, int], host: int | None = None) -> Traffic:
+    """Reads a program's text (``jax.stages.Compiled.as_text()``).
+
+    Args:
+      mesh: sizes of the mesh axes by name, in the order of the devices.
+      host: devices of a host; None: all are of one.
+    """
+    computations, entry = instructions(text)
+    loops: list[str] = []
+    moved = 0
+    found: dict[tuple, list[int]] = collections.defaultdict(lambda: [0, 0])
+    devices = math.prod(mesh.values())
+    afar: set[tuple] = set()
+    for instruction, here, times, fused in _run(computations, entry, loops):
+        kind = instruction.opcode.removesuffix("-start")
+        if kind in KINDS:
+            group = _group(instruction.text) or range(devices)
+            if len(group) > 1:
+                kind, payload = _payload(kind, instruction, here, len(group))
+                key = kind, _axes(group, mesh), len(group)
+                found[key][0] += times
+                found[key][1] += times * payload
+                if host is not None and len({device // host for device in group}) > 1:
+                    afar.add(key)
+        elif not fused:
+            moved += times * _moved(instruction, computations, here)
+    collectives = {key: Collective(*key, *counts) for key, counts in found.items()}
+    across = sum(collectives[key].sent for key in afar)
+    ordered = sorted(collectives.values(), key=lambda each: -each.sent)
+    return Traffic(moved, tuple(ordered), across, tuple(loops))
+
+
+def _run(
+    computations: Mapping[str, list[Instruction]], entry: str, loops: list[str]
+) -> Iterator[tuple[Instruction, dict[str, Instruction], int, bool]]:
+    """(instruction, those of its computation by name, how often it runs, whether it is part of a
+    fused operation), of all that the program runs. Of a conditional every branch counts."""
+
+    def visit(name: str, times: int, fused: bool):
+        here = {i.name: i for i in computations.get(name, ())}
+        for instruction in here.values():
+            yield instruction, here, times, fused
+            if instruction.opcode not in _RUNS:
+                continue
+            each = times
+            if instruction.opcode == "while":
+                try:
+                    each = times * trips(computations, instruction)
+                except ValueError:
+                    loops.append(instruction.name)
+            called = _CALLED.findall(instruction.text)
+            for branches in _BRANCHES.findall(instruction.text):
+                called += _NAME.findall(branches)
+            for name_of_called in called:
+                yield from visit(name_of_called, each, fused or instruction.opcode == "fusion")
+
+    yield from visit(entry, 1, False)
+
+
+def size_of(shape: str) -> int:
+    """Bytes of an array or a tuple of them, as HLO writes their shapes; tokens have none."""
+    return sum(_sizes(shape))
+
+
+def _sizes(shape: str) -> list[int]:
+    found = []
+    for name, bits, sizes in _ARRAY.findall(shape):
+        width = 8 if name == "pred" else 16 if name == "bf16" else int(bits or 0)
+        count = math.prod(int(n) for n in sizes.split(",") if n)
+        found.append(-(-count * width // 8))
+    return found
+
+
+def _payload(
+    kind: str, instruction: Instruction, here: Mapping[str, Instruction], size: int
+) -> tuple[str, int]:
+    """(the kind, bytes of the whole arrays). A TPU's reduce-scatter is an all-reduce in a fusion
+    that goes on with a slice."""
+    sizes = _sizes(instruction.shape)
+    if instruction.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
+        sizes = sizes[len(sizes) // 2 :][:1] if len(sizes) > 2 else sizes[-1:]
+    total = sum(sizes)
+    if kind == "reduce-scatter":
+        return kind, total * size
+    if kind == "all-reduce" and any(
+        i.opcode == "dynamic-slice" and instruction.name in i.operands for i in here.values()
+    ):
+        return "reduce-scatter", total
+    return kind, total
+
+
+def _group(text: str) -> list[int]:
+    """Devices of the first group of a collective; [] where it is all of them."""
+    if listed := _LISTED.search(text):
+        return [int(n) for n in listed[1].split(",") if n]
+    if iota := _IOTA.search(text):
+        shape, dims = ([int(n) for n in part.split(",")] for part in iota.groups()[:2])
+        ids = np.arange(math.prod(dims)).reshape(dims)
+        if iota[3]:
+            ids = ids.transpose([int(n) for n in iota[3].split(",")])
+        return ids.reshape(shape)[0].tolist()
+    if pairs := _PAIRS.search(text):  # a ring, or several: the one that the first device is in
+        numbers = [int(n) for n in re.findall(r"\d+", pairs[1])]
+        passes = dict(zip(numbers[::2], numbers[1::2], strict=True))
+        ring, at = [], numbers[0]
+        while at not in ring:
+            ring.append(at)
+            at = passes.get(at, numbers[0])
+        return sorted(ring)
+    return []
+
+
+def _axes(group: Sequence[int], mesh: Mapping[str, int]) -> tuple[str, ...]:
+    """The mesh axes along which a group of devices lies."""
+    places = np.array(np.unravel_index(group, tuple(mesh.values())))
+    return tuple(
+        name for name, along in zip(mesh, places, strict=True) if len(np.unique(along)) > 1
+    )
+
+
+def _moved(
+    instruction: Instruction,
+    computations: Mapping[str, list[Instruction]],
+    here: Mapping[str, Instruction],
+) -> int:
+    """Bytes that an operation reads and writes, of slices what is sliced."""
+    opcode = instruction.opcode
+    if opcode in _FREE or opcode.endswith("-done"):
+        return 0
+    written = size_of(instruction.shape)
+    operands = [size_of(here[name].shape) for name in instruction.operands if name in here]
+    if opcode in ("dynamic-slice", "gather"):
+        return 2 * written
+    if opcode == "dynamic-update-slice":
+        return 2 * operands[1] if len(operands) > 1 else 0
+    if opcode == "broadcast":
+        return written
+    if opcode != "fusion":
+        return written + sum(operands)
+    called = _CALLED.search(instruction.text)
+    body = computations.get(called[1], []) if called else []
+    return _fusion(body, written, operands)
+
+
+def _fusion(body: Sequence[Instruction], written: int, operands: Sequence[int]) -> int:
+    """Bytes that a fused operation reads and writes: of a parameter that is only sliced the
+    slices, of one that is updated in place the update."""
+    known = {i.name: i for i in body}
+    total = written
+    for parameter in body:
+        number = re.match(r"(\d+)\)", parameter.text)
+        if parameter.opcode != "parameter" or number is None or int(number[1]) >= len(operands):
+            continue
+        whole = operands[int(number[1])]
+        users, names = [], {parameter.name}
+        for i in body:  # in order of their use; what only renames it is it
+            if not names.isdisjoint(i.operands):
+                if i.opcode in ("bitcast", "copy") and size_of(i.shape) == whole:
+                    names.add(i.name)
+                else:
+                    users.append(i)
+        if users and all(i.opcode in ("dynamic-slice", "gather") for i in users):
+            total += min(whole, sum(size_of(i.shape) for i in users))
+        elif (
+            len(users) == 1
+            and users[0].opcode == "dynamic-update-slice"
+            and users[0].operands[0] in names
+        ):
+            update = known.get(users[0].operands[1])
+            changed = size_of(update.shape) if update else whole
+            total += changed - min(whole, total)
+        else:
+            total += whole
+    return total
