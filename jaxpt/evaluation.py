@@ -9,11 +9,42 @@ from typing import Any
 
 import numpy as np
 
-from jaxpt.duration import Duration
+from jaxpt.duration import Duration, as_duration
 from jaxpt.errors import ConfigError
 from jaxpt.steps import Metrics
 
 HostBatch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Harness:
+    """Tasks of EleutherAI's lm-evaluation-harness (extra: eval) to ask the model; ``jaxpt eval``
+    asks others."""
+
+    tasks: tuple[str, ...]  # names of tasks or groups, as lm_eval knows them
+    # how often: steps, or any duration that steps follow from; None: at the end alone
+    every: int | float | Duration | None = None
+    include_path: str | None = None  # folder of further tasks (YAML files)
+    limit: int | None = None  # documents of each task; None: all
+    fewshot: int | None = None  # examples in front of each question; None: the task's own number
+    mode: str | None = None  # UL2 mode to announce (R, S, X); None: of the denoiser that goes on
+    batch: int = 16  # questions at a time
+    # positions of a context; None: the model's own, or those that the phase trains with
+    max_length: int | None = None
+
+    def __post_init__(self):
+        if not self.tasks:
+            raise ConfigError("tasks", "none given; name a task of lm_eval")
+        for name in ("limit", "batch", "max_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(name, f"{value} is not valid; give 1 or more")
+        if self.fewshot is not None and self.fewshot < 0:
+            raise ConfigError("fewshot", f"{self.fewshot} is not valid; give 0 or more")
+        if self.every is not None and as_duration(self.every).unit in ("seconds", "epochs"):
+            raise ConfigError(
+                "every", f"{self.every} is not valid; give steps, tokens, examples or a share"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +54,7 @@ class Evaluate:
     every: int | float | Duration | None = None  # how often; None: at the end alone
     batches: int = 8  # batches of each component (denoiser) of the objective
     samples: int = 3  # examples whose targets are generated and shown at the end
+    harness: Harness | None = None  # tasks of lm_eval that are asked on the way; None: none
 
     def __post_init__(self):
         if self.batches < 1:
@@ -99,6 +131,21 @@ def evaluate(
     return results
 
 
+def logged(results: dict[str, dict[str, float]]) -> dict[str, float]:
+    """ "NAME/FIGURE" -> figure, of what an evaluation found: what stands in the metrics.
+
+    Without what is the same at every step, and without errors of estimates.
+    """
+    fixed = ("baseline", "targets")
+    return {
+        f"{task}/{name}": value
+        for task, found in results.items()
+        for name, value in found.items()
+        if name not in fixed and "_stderr" not in name
+    }
+
+
 def mean_loss(results: dict[str, dict[str, float]]) -> float:
     """The plain mean over components: what "best" means for checkpoints."""
-    return float(np.mean([r["loss"] for r in results.values()])) if results else math.nan
+    losses = [r["loss"] for r in results.values() if "loss" in r]
+    return float(np.mean(losses)) if losses else math.nan

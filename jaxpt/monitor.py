@@ -260,7 +260,10 @@ class MonitorSession:
         means = sums.means()
         self._write(step, means)
         losses = [f"{n[5:-5]} {v:.4f}" for n, v in means.items() if n.endswith("/loss")]
-        self.note("  ".join([f"step {step}: validation loss", *losses]))
+        others = [f"{n[5:]} {v:.4f}" for n, v in means.items()] if not losses else []
+        self.note(
+            "  ".join([f"step {step}:" + " validation loss" * bool(losses), *losses, *others])
+        )
 
     def note(self, text: str) -> None:
         """Shows a line that stays."""

@@ -77,6 +77,31 @@ def results_table(results: Mapping[str, Mapping[str, float]]) -> Table:
     return table
 
 
+def figures_table(results: Mapping[str, Mapping[str, float]]) -> Table | None:
+    """What each task was found to be beside the columns of ``results_table``, and its standard
+    error where that is known; None where there is nothing."""
+    own = ("loss", "baseline", "accuracy", "targets")
+    rows = [
+        (task, name, value, found.get(f"{name}_stderr"))
+        for task, found in results.items()
+        for name, value in found.items()
+        if "_stderr" not in name and not (name in own and "loss" in found)
+    ]
+    table = Table()
+    for column in ("task", "figure", "value", "standard error"):
+        table.add_column(column, justify="left" if column in ("task", "figure") else "right")
+    for task, name, value, error in rows:
+        table.add_row(task, name, f"{value:.4f}", "" if error is None else f"{error:.4f}")
+    return table if rows else None
+
+
+def show_results(results: Mapping[str, Mapping[str, float]], console: rich.console.Console) -> None:
+    """Prints both tables."""
+    console.print(results_table(results))
+    if table := figures_table(results):
+        console.print(table)
+
+
 def _bytes(tree) -> float:
     """Megabytes (10^6 bytes) of a pytree of arrays or shapes."""
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree)) / 1e6

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import rich.console
 
-from jaxpt import summary
+from jaxpt import examine, summary
 from jaxpt.checkpoint import Checkpoints
 from jaxpt.data.cache import cache_folder
 from jaxpt.data.device import DeviceBatches, gathered
@@ -25,12 +24,14 @@ from jaxpt.data.vocabulary import Vocabulary
 from jaxpt.distributed import Session, Wishes, session, start
 from jaxpt.due import Due
 from jaxpt.errors import Exit
-from jaxpt.evaluation import evaluate, mean_loss
+from jaxpt.evaluation import logged, mean_loss
 from jaxpt.files import read_json
 from jaxpt.folder import RunFolder
+from jaxpt.loading import Loaded
 from jaxpt.mesh import Layout
 from jaxpt.monitor import MonitorSession
 from jaxpt.program import Program
+from jaxpt.rate import LearningRate
 from jaxpt.report import write_report, write_results, write_samples
 from jaxpt.run import Phase, Run, to_json
 from jaxpt.samples import samples, show
@@ -100,7 +101,7 @@ class Trainer:
         self.together, self.resumed = together, resumed
         self.key = jax.random.key(run.seed)
         self.results: dict[str, dict[str, float]] | None = None
-        self._evaluated_at = -1
+        self._evaluated_at = self._asked_at = -1
 
     def train(self) -> Result:
         """Every phase that is left, from where the run stands."""
@@ -122,6 +123,7 @@ class Trainer:
         """The last evaluation, and samples of what the model does."""
         program, state = result.program, result.state
         self.evaluate(program, state)
+        self.ask(program, state)
         result.results = self.results
         with self.monitor.during("sampling"):
             result.samples = samples(
@@ -176,6 +178,8 @@ class Trainer:
             phase_steps=phase.total_steps,
         )
         evaluation_due = Due(self.run.evaluate.every, program)
+        harness = self.run.evaluate.harness
+        ask_due = Due(harness.every if harness else None, program)
         save_due = Due(self.run.checkpoint.every, program)
         rate = LearningRate(program)
         began = time.monotonic() - progress.phase_seconds
@@ -196,6 +200,8 @@ class Trainer:
                 asked.over |= self.has_its_steps(phase)
                 if asked.evaluate or evaluation_due.by_step(progress.phase_step):
                     self.evaluate(program, state)
+                if ask_due.by_step(progress.phase_step):
+                    self.ask(program, state)
                 if asked.save or save_due.by_step(progress.phase_step):
                     self.save(state, batches)
             asked = self.together.agree_now(self.wishes(phase))
@@ -214,25 +220,32 @@ class Trainer:
     def has_its_steps(self, phase: Phase) -> bool:
         return phase.total_steps is not None and self.progress.phase_step >= phase.total_steps
 
+    def loaded(self, program: Program, state: TrainState) -> Loaded:
+        """The model as it is evaluated."""
+        params = program.eval_params(state)
+        return Loaded(self.folder.path, program, params, self.tokenizer, self.progress.step)
+
     def evaluate(self, program: Program, state: TrainState) -> None:
         """Measures the validation losses at the present step, once."""
         if self._evaluated_at == self.progress.step:
             return
         with self.monitor.during("evaluating"):
-            params = program.eval_params(state)
-            more, batches = program.phase.objective.validated, self.validations(program.index)
-            self.results = evaluate(program.eval_step, params, program.put, batches, more)
-        self.monitor.evaluation(
-            self.progress.step,
-            {
-                f"{task}/{name}": r[name]
-                for task, r in self.results.items()
-                for name in ("loss", "accuracy", *more)
-            },
-        )
+            loaded = self.loaded(program, state)
+            self.results = examine.losses(loaded, self.validations(program.index))
+        self.monitor.evaluation(self.progress.step, logged(self.results))
         self._evaluated_at = self.progress.step
         if self.together.first:
             write_results(self.folder.path, self.progress.step, self.results)
+
+    def ask(self, program: Program, state: TrainState) -> None:
+        """Asks the tasks of the run's harness at the present step, once."""
+        harness = self.run.evaluate.harness
+        if harness is None or self._asked_at == self.progress.step:
+            return
+        with self.monitor.during("evaluating"):
+            found = examine.ask(self.loaded(program, state), harness)
+        self.monitor.evaluation(self.progress.step, logged(found))
+        self._asked_at = self.progress.step
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 (a trainer lives as long as its process)
     def validations(self, index: int):
@@ -323,6 +336,7 @@ def restore(
 
 def check(run: Run, tokenizer: Tokenizer, layout: Layout) -> None:
     """Builds every phase as far as that needs no device. Raises ConfigError."""
+    examine.check(run.evaluate.harness)
     before = None
     for index in range(len(run.phases)):
         program = Program(run, index, tokenizer.vocabulary, layout)
@@ -362,7 +376,7 @@ def main(
         )
         return 128 + signal.Signals[result.stopped]
     if result.results:
-        console.print(summary.results_table(result.results))
+        summary.show_results(result.results, console)
     show(result.samples, console)
     console.print(f"report: {result.folder / 'report.html'}", soft_wrap=True)
     return Exit.OK
@@ -379,20 +393,3 @@ def total_steps(run: Run) -> int | None:
     """Steps of all phases, or None where that is not known beforehand."""
     steps = [phase.total_steps for phase in run.phases]
     return None if None in steps else sum(s for s in steps if s is not None)
-
-
-class LearningRate:
-    """The schedule's values, read without a device call at each step."""
-
-    BLOCK = 512
-
-    def __init__(self, program: Program):
-        self._values = jax.jit(jax.vmap(program.learning_rate))
-        self._start, self._block = -1, np.zeros(0)
-
-    def __call__(self, phase_step: int) -> float:
-        start = phase_step - phase_step % self.BLOCK
-        if start != self._start:
-            steps = np.arange(start, start + self.BLOCK, dtype=np.int32)
-            self._start, self._block = start, np.asarray(self._values(steps))
-        return float(self._block[phase_step - start])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,12 +57,12 @@ class ScheduleFree(Optimizer):
         def around(count, key) -> optax.GradientTransformation:
             lr = jnp.asarray(rate(count) * treatment.lr_scale, dtype)
 
-            def step(grad, state, param):
-                found, state = rule.update(grad, state, param, count, key)
+            def step(updates: Any, state: Any, params: Any = None):
+                found, state = rule.update(updates, state, params, count, key)
                 decay = jnp.asarray(treatment.weight_decay, dtype)
-                return -lr * (found + decay * param), state
+                return -lr * (found + decay * params), state
 
-            base = optax.GradientTransformation(rule.init, step)
+            base = optax.GradientTransformation(lambda params: rule.init(params), step)
             return optax.contrib.schedule_free(base, lr, self.b1, self.power)
 
         def init(param):

@@ -77,8 +77,8 @@ def frames(metrics: list[str]) -> list[tuple[str, str, list[str]]]:
 
 
 def chart_data(record: Record) -> dict[str, Any]:
-    """What the page's script draws, as JSON: axes, columns by metric (None where there is no finite
-    number), charts, baselines by task, and where phases begin."""
+    """What the page's script draws, as JSON: axes and which is shown first, columns by metric (None
+    where there is no finite number), charts, baselines by task, and where phases begin."""
     rows = thin(record.rows)
     metrics: dict[str, None] = {}
     for row in rows:
@@ -94,7 +94,10 @@ def chart_data(record: Record) -> dict[str, Any]:
         }
         for title, unit, found in frames(list(metrics))
     ]
+    # A series of checkpoints has no clock; its axis is what was seen.
+    timed = any("seconds" in row for row in rows) or not any("tokens" in row for row in rows)
     return {
+        "axis": "step" if timed else "tokens",
         "axes": {axis: [r.get(axis) for r in rows] for axis in AXES},
         "columns": {s["metric"]: column(rows, s["metric"]) for c in charts for s in c["series"]},
         "charts": charts,

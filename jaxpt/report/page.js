@@ -20,7 +20,7 @@
   };
 
   const AXIS = { step: "steps", tokens: "tokens", seconds: "time" };
-  const state = { axis: "step", log: false, smooth: 0 };
+  const state = { axis: data.axis, log: false, smooth: 0 };
   const escape = (t) => String(t).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const clock = (s) => {
@@ -125,12 +125,14 @@
   slider.value = state.smooth;
   slider.addEventListener("input", () => { state.smooth = Number(slider.value); draw(); });
   document.getElementById("log").addEventListener("change", (e) => { state.log = e.target.checked; draw(); });
-  for (const button of document.querySelectorAll("[data-axis]"))
+  for (const button of document.querySelectorAll("[data-axis]")) {
+    button.setAttribute("aria-pressed", String(button.dataset.axis === state.axis));
     button.addEventListener("click", () => {
       state.axis = button.dataset.axis;
       for (const other of document.querySelectorAll("[data-axis]")) other.setAttribute("aria-pressed", String(other === button));
       draw();
     });
+  }
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
   draw();
 })();
