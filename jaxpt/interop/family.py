@@ -23,12 +23,18 @@ class Family:
 
     model_type: config.json's.
     architecture: the class of transformers with the language model's head, as written and read.
+    also: further classes whose files are read, of which this is a part.
+    prefix: what their names begin with, and files of the model without its head leave out.
+    renamed: what older files call their tensors, as regular expression -> what stands in its place.
     harmless: fields of its config.json that change no logits -> why; beside ``fields.HARMLESS``.
     left_out: regular expressions of their tensors that nothing here needs -> why.
     """
 
     model_type: ClassVar[str]
     architecture: ClassVar[str]
+    also: ClassVar[tuple[str, ...]] = ()
+    prefix: ClassVar[str] = ""
+    renamed: ClassVar[Mapping[str, str]] = {}
     harmless: ClassVar[Mapping[str, str]] = {}
     left_out: ClassVar[Mapping[str, str]] = {}
 
@@ -99,12 +105,16 @@ def essence(model: Transformer) -> Transformer:
             head_dim=model.head_dim,
             scale=model.head_dim**-0.5 if attention.scale is None else attention.scale,
             window=windows if any(windows) else (),
+            out_bias=attention.bias if attention.out_bias is None else attention.out_bias,
             dropout=0.0,
             implementation=None,
         ),
         mlp=dataclasses.replace(model.mlp, width=model.mlp.width or 4 * model.width, dropout=0.0),
         encoder_layers=model.depth_of_encoder if model.kind == "encoder_decoder" else None,
         embedding_width=model.width_of_embedding,
+        embedding_projection=(
+            "in" if model.width_of_embedding == model.width else model.embedding_projection
+        ),
         final_norm=model.has_final_norm,
         dropout=0.0,
         scan=False,

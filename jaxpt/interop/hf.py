@@ -80,8 +80,9 @@ def read(folder: str | os.PathLike) -> Pretrained:
       DataError: files that are missing, unsound, or do not fit the config.
     """
     folder = Path(folder)
-    raw, shards = read_object(folder / CONFIG), Shards(folder)
+    raw = read_object(folder / CONFIG)
     family = family_of(raw)
+    shards = Shards(folder, family.prefix, family.renamed)
     fields = Fields(raw)
     vocab_size = fields.integer("vocab_size")
     config = family.config(fields, frozenset(shards))
@@ -100,7 +101,7 @@ def family_of(raw: Mapping[str, Any]) -> Family:
     if not isinstance(name, str) or name not in FAMILIES:
         raise ConfigError("model_type", f"{name!r} is not supported; known: {', '.join(FAMILIES)}")
     family, classes = FAMILIES[name], raw.get("architectures") or []
-    if classes and family.architecture not in classes:
+    if classes and not {family.architecture, *family.also} & {*classes}:
         raise ConfigError(
             "architectures", f"{classes} is not supported; {name} is read as {family.architecture}"
         )
@@ -197,12 +198,12 @@ def write(
     dtype = dtype or _config(model).dtype
     config |= {"model_type": chosen.model_type, "architectures": [chosen.architecture]}
     config |= {"dtype": dtype, "torch_dtype": dtype}
-    ids = {} if tokenizer is None else special_ids(_config(model), tokenizer.vocabulary)
+    ids = special_ids(_config(model), None if tokenizer is None else tokenizer.vocabulary, config)
     with appearing(out) as folder:
         write_shards(folder, _saved(table, held, jnp.dtype(dtype)), shard_bytes)
         if tokenizer is not None:
             tokenizers.write(folder, tokenizer, _config(model).kind)
-        write_json(folder / GENERATION, ids)
+        write_json(folder / GENERATION, {n: i for n, i in ids.items() if i is not None})
         write_json(folder / CONFIG, config | ids)
     return chosen
 
@@ -235,13 +236,31 @@ def choose(
     raise ConfigError("model", f"transformers has no such model: {'; '.join(reasons)}")
 
 
-def special_ids(model: Transformer, vocabulary: Vocabulary) -> dict[str, int]:
-    """The special ids as config.json and generation_config.json have them."""
-    ids = {"pad_token_id": vocabulary.pad, "eos_token_id": vocabulary.eos}
-    if vocabulary.bos is not None:
-        ids["bos_token_id"] = vocabulary.bos
-    if model.kind == "encoder_decoder":
-        ids["decoder_start_token_id"] = vocabulary.pad
+def special_ids(
+    model: Transformer, vocabulary: Vocabulary | None, config: Mapping[str, Any]
+) -> dict[str, int | None]:
+    """The special ids as config.json and generation_config.json have them.
+
+    Args:
+      vocabulary: None where nobody knows them. Then they are null: transformers would take others.
+      config: the rest of config.json.
+
+    Raises:
+      ConfigError: the model needs another one than the vocabulary has (RoBERTa's padding).
+    """
+    ids: dict[str, int | None] = dict.fromkeys(("pad_token_id", "eos_token_id", "bos_token_id"))
+    if vocabulary is not None:
+        values = vocabulary.pad, vocabulary.eos, vocabulary.bos
+        ids = dict(zip(ids, values, strict=True))
+        if model.kind == "encoder_decoder":
+            ids["decoder_start_token_id"] = vocabulary.pad
+    for name in ids.keys() & config.keys():
+        if ids[name] not in (None, config[name]):
+            raise ConfigError(
+                "tokenizer",
+                f"its {name} is {ids[name]}, and the model can only have {config[name]}",
+            )
+        ids[name] = config[name]
     return ids
 
 

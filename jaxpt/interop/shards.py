@@ -4,6 +4,7 @@ names them."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,24 @@ SHARD_BYTES = 5_000_000_000
 class Shards(Mapping[str, np.ndarray]):
     """Name -> array of all the files of a folder, each read when it is asked for."""
 
-    def __init__(self, folder: Path):
-        """Reads the headers. Raises DataError where files are missing, unsound, or disagree."""
-        self.folder, self._files = Path(folder), dict[str, SafeTensors]()
-        if (self.folder / SINGLE).is_file():
-            file = SafeTensors(self.folder / SINGLE)
-            self._files = dict.fromkeys(file, file)
-            return
-        for file in self._indexed():
-            self._files |= dict.fromkeys(file, file)
+    def __init__(self, folder: Path, prefix: str = "", renamed: Mapping[str, str] | None = None):
+        """Reads the headers. Raises DataError where files are missing, unsound, or disagree.
+
+        Args:
+          prefix: where no name begins with it, all but the head's are taken to.
+          renamed: regular expression -> what stands in the place of what it matches, in names.
+        """
+        self.folder, self._files = Path(folder), dict[str, tuple[SafeTensors, str]]()
+        single = (self.folder / SINGLE).is_file()
+        for file in [SafeTensors(self.folder / SINGLE)] if single else self._indexed():
+            self._files |= {name: (file, name) for name in file}
+        for pattern, new in (renamed or {}).items():
+            self._files = {re.sub(pattern, new, n): there for n, there in self._files.items()}
+        if not any(name.startswith(prefix) for name in self._files):
+            self._files = {
+                name if name.startswith("lm_head.") else prefix + name: there
+                for name, there in self._files.items()
+            }
 
     def _indexed(self) -> Iterator[SafeTensors]:
         path = self.folder / INDEX
@@ -50,7 +60,8 @@ class Shards(Mapping[str, np.ndarray]):
             yield file
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._files[name][name]
+        file, name = self._files[name]
+        return file[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -60,11 +71,13 @@ class Shards(Mapping[str, np.ndarray]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of an array, without reading it."""
-        return self._files[name].shape(name)
+        file, name = self._files[name]
+        return file.shape(name)
 
     def dtype(self, name: str) -> np.dtype:
         """Of an array, without reading it."""
-        return self._files[name].dtype(name)
+        file, name = self._files[name]
+        return file.dtype(name)
 
 
 def write_shards(

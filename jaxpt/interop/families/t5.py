@@ -1,4 +1,5 @@
-"""T5 (Raffel et al. 2020), T5 1.1, UL2 (Tay et al. 2022), ByT5 and mT5 (Xue et al. 2021)."""
+"""T5 (Raffel et al. 2020), T5 1.1, UL2 (Tay et al. 2022), ByT5 and mT5 (Xue et al. 2021), and umT5
+(Chung et al. 2023)."""
 
 from __future__ import annotations
 
@@ -25,6 +26,7 @@ PROJECTIONS: dict[str, tuple[Activation, bool]] = {
     "gated-relu": ("relu", True),
     "gated-silu": ("silu", True),
 }
+BIAS = "0.SelfAttention.relative_attention_bias.weight"
 WRITTEN = {value: name for name, value in reversed(PROJECTIONS.items())}
 
 
@@ -36,6 +38,14 @@ class T5(Family):
     in most config.json, ``tie_word_embeddings`` said both.
     """
 
+    # What config.json may leave out and transformers then takes.
+    defaults: ClassVar[dict[str, Any]] = {
+        "d_ff": 2048,
+        "num_layers": 6,
+        "num_heads": 8,
+        "feed_forward_proj": "relu",
+    }
+    per_layer = False  # whether each layer has a relative bias of its own
     model_type = "t5"
     architecture = "T5ForConditionalGeneration"
     harmless: ClassVar[dict[str, str]] = {
@@ -52,11 +62,11 @@ class T5(Family):
 
     def config(self, fields: Fields, names: Collection[str]) -> Transformer:
         fields.expect("is_encoder_decoder", True)
-        width, depth = fields.integer("d_model", 512), fields.integer("num_layers", 6)
-        activation, gated = fields.choose("feed_forward_proj", PROJECTIONS, "relu")
-        one = fields.get("tie_word_embeddings", True)
-        scaled = fields.get("scale_decoder_outputs", one)
-        tied = one and "lm_head.weight" not in names if "scale_decoder_outputs" in fields else one
+        width = fields.integer("d_model", 512)
+        depth = fields.integer("num_layers", self.defaults["num_layers"])
+        proj = self.defaults["feed_forward_proj"]
+        activation, gated = fields.choose("feed_forward_proj", PROJECTIONS, proj)
+        tied, scaled = self._head(fields, names)
         rate = float(fields.get("dropout_rate", 0.1))
         return Transformer(
             kind="encoder_decoder",
@@ -64,23 +74,35 @@ class T5(Family):
             layers=fields.get("num_decoder_layers", None, (int, type(None))) or depth,
             encoder_layers=depth,
             attention=Attention(
-                heads=fields.integer("num_heads", 8),
+                heads=fields.integer("num_heads", self.defaults["num_heads"]),
                 head_dim=fields.integer("d_kv", 64),
                 scale=1.0,
                 dropout=rate,
             ),
             mlp=MLP(
-                width=fields.integer("d_ff", 2048), activation=activation, gated=gated, dropout=rate
+                width=fields.integer("d_ff", self.defaults["d_ff"]),
+                activation=activation,
+                gated=gated,
+                dropout=rate,
             ),
             norm=RMSNorm(epsilon=fields.get("layer_norm_epsilon", 1e-6)),
             positions=RelativeBias(
                 buckets=fields.integer("relative_attention_num_buckets", 32),
                 max_distance=fields.integer("relative_attention_max_distance", 128),
+                per_layer=self.per_layer,
             ),
             tied=tied,
             logit_scale=width**-0.5 if scaled else 1.0,
             dropout=rate,
         )
+
+    def _head(self, fields: Fields, names: Collection[str]) -> tuple[bool, bool]:
+        """(whether the output is tied, whether the logits are scaled)."""
+        one = fields.get("tie_word_embeddings", True)
+        if "scale_decoder_outputs" not in fields:
+            return one, one
+        scaled = fields.get("scale_decoder_outputs", True)
+        return one and "lm_head.weight" not in names, scaled
 
     def hf_config(self, model: Transformer) -> dict[str, Any]:
         positions = model.positions
@@ -110,14 +132,16 @@ class T5(Family):
             yield transposed("lm_head.weight", "lm_head/w")
         for stack in ("encoder", "decoder"):
             depth = model.depth_of_encoder if stack == "encoder" else model.depth_of_decoder
-            first = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-            yield transposed(first, f"{stack}/relative_bias/w")
+            if not self.per_layer:
+                yield transposed(f"{stack}.block.0.layer.{BIAS}", f"{stack}/relative_bias/w")
             yield from norm(f"{stack}.final_layer_norm", f"{stack}/final_norm")
             yield from layers(
                 depth, f"{stack}.block.{{}}.layer.", stack, lambda _, s=stack: self._layer(model, s)
             )
 
     def _layer(self, model: Transformer, stack: str) -> Iterator[Entry]:
+        if self.per_layer:
+            yield transposed(BIAS, "relative_bias/w")
         branches = [("SelfAttention", "attention")]
         branches += [("EncDecAttention", "cross_attention")] if stack == "decoder" else []
         for i, (theirs, ours) in enumerate(branches):
@@ -133,3 +157,47 @@ class T5(Family):
     def aliases(self, model: Transformer) -> dict[str, str]:
         names = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
         return dict.fromkeys([*names, *(["lm_head.weight"] if model.tied else [])], "shared.weight")
+
+
+class MT5(T5):
+    """``MT5ForConditionalGeneration``: as T5 1.1, with logits that are never scaled."""
+
+    defaults: ClassVar[dict[str, Any]] = {
+        "d_ff": 1024,
+        "num_layers": 8,
+        "num_heads": 6,
+        "feed_forward_proj": "gated-gelu",
+    }
+    model_type = "mt5"
+    architecture = "MT5ForConditionalGeneration"
+
+    def _head(self, fields: Fields, names: Collection[str]) -> tuple[bool, bool]:
+        # Whatever the config says: transformers ties a head that the files have not.
+        fields.get("tie_word_embeddings", True)
+        fields.expect("scale_decoder_outputs", False)
+        return "lm_head.weight" not in names, False
+
+    def hf_config(self, model: Transformer) -> dict[str, Any]:
+        found = super().hf_config(model)
+        del found["scale_decoder_outputs"]
+        return found
+
+
+class UMT5(MT5):
+    """``UMT5ForConditionalGeneration``: mT5 with a relative bias in every layer.
+
+    transformers 5 takes ``tie_word_embeddings`` for true whatever the file says, and scales the
+    logits of what it takes for tied. The published models say false, and were trained without: they
+    are read that way, and cannot be written, as no config makes transformers 5 leave the scale out.
+    """
+
+    model_type = "umt5"
+    architecture = "UMT5ForConditionalGeneration"
+    per_layer = True
+
+    def _head(self, fields: Fields, names: Collection[str]) -> tuple[bool, bool]:
+        scaled = fields.get("tie_word_embeddings", True)
+        return "lm_head.weight" not in names, scaled
+
+    def hf_config(self, model: Transformer) -> dict[str, Any]:
+        return super().hf_config(model) | {"tie_word_embeddings": True}
