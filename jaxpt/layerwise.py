@@ -89,7 +89,8 @@ class LayerwiseStep(Step):
         assert isinstance(optimizer, Built)
         losses = functools.partial(loss_function, objective=objective, domains=domains)
         after = bound(updates, model, optimizer)
-        inner = layerwise_step(losses(model), model, optimizer, after, losses)
+        spared = lambda model: _sparing(losses(model))  # noqa: E731
+        inner = layerwise_step(losses(model), model, optimizer, after, spared)
 
         def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
             return inner(state, objective.whole(batch), key)
@@ -133,8 +134,7 @@ def layerwise_step(
     def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
         state = begun(optimizer, _sparing(loss), state, batch, key)
-        spared = None if losses is None else lambda m: _sparing(losses(m))
-        state = updates.begin(state, looks(spared, batch, key), key)
+        state = updates.begin(state, looks(losses, batch, key), key)
         flat, own = flatten(state.params), _states(state.opt_state, state.params)
         rest = {path: p for path, p in flat.items() if path not in stacked}
         rest = trainable(rest, optimizer.rules)

@@ -38,6 +38,18 @@ def show(run: Run) -> None:
             f"over {layout.mesh.size} device{'s' if layout.mesh.size > 1 else ''} "
             f"({', '.join(f'{name} {size}' for name, size in layout.mesh.shape.items())})"
         )
+        for line in costs(program):
+            console.print(f"  {line}")
+
+
+def costs(program: Program) -> list[str]:
+    """A line for each kind of sparse weight: what it costs beside a dense one."""
+    found: dict[str, list[str]] = {}
+    for path, product in program.model.products.items():
+        if product.weight.cost is not None:
+            kind = type(product.weight).__name__
+            found.setdefault(f"{kind} is {product.weight.cost}", []).append(path)
+    return [f"{line} ({len(paths)} matrices or stacks)" for line, paths in found.items()]
 
 
 def tensor_table(program: Program) -> Table:

@@ -177,6 +177,8 @@ class Trainer:
             seconds_left=phase.seconds and phase.seconds - progress.phase_seconds,
             phase_steps=phase.total_steps,
         )
+        for line in summary.costs(program):
+            monitor.note(line)
         evaluation_due = Due(self.run.evaluate.every, program)
         harness = self.run.evaluate.harness
         ask_due = Due(harness.every if harness else None, program)

@@ -16,6 +16,7 @@ from jaxpt.sparsity.rigl import RigL
 from jaxpt.sparsity.schedules import Periodic
 from jaxpt.sparsity.snip import SNIP
 from jaxpt.sparsity.straight_through import StraightThrough
+from jaxpt.sparsity.structural import PruneGroups, Shrink
 from jaxpt.sparsity.synflow import SynFlow
 
 __all__ = [
@@ -29,10 +30,12 @@ __all__ = [
     "Movement",
     "NearZero",
     "Periodic",
+    "PruneGroups",
     "Random",
     "RigL",
     "Score",
     "Seen",
+    "Shrink",
     "Sparsify",
     "StraightThrough",
     "SynFlow",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxpt.errors import ConfigError
 from jaxpt.sparsity import spread as spreads
-from jaxpt.sparsity.base import Matrices, Seen, Slopes, Sparsify
+from jaxpt.sparsity.base import Matrices, Seen, Slopes, Sparsify, weight_of
 from jaxpt.sparsity.spread import Spread
 
 
@@ -74,7 +74,7 @@ class AtStart(Sparsify):
     def check(self, weights):
         spreads.check_weights(self.spread, weights)
         for path, place in weights.items():
-            if place.product is not None and getattr(place.product.weight, "density", 1.0) != 1.0:
+            if weight_of(place).density != 1:
                 raise ConfigError(
                     "", f"{path} has left units out before they can be scored: give Masked(1.0)"
                 )

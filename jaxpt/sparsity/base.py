@@ -28,11 +28,12 @@ from jaxpt.growth.base import Update
 from jaxpt.growth.periodic import Flat, Place
 from jaxpt.optimizers.eight_bit import MOMENTS, Quantised, dequantise, quantise
 from jaxpt.optimizers.paths import without_number
+from jaxpt.optimizers.rules import one_layer
 from jaxpt.state import flatten, unflatten
 from jaxpt.weights import Dense
-from jaxpt.weights.base import Weight
+from jaxpt.weights.base import Tensor, Weight
 from jaxpt.weights.patterns import Pattern
-from jaxpt.weights.sparse import Sparse
+from jaxpt.weights.sparse import Sparse, SparseModule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +176,21 @@ def weights_of(model: Any) -> dict[str, Place]:
     return {place.path: place for place in found}
 
 
+def weight_of(place: Place) -> Sparse:
+    """The config of a sparse weight."""
+    assert place.product is not None
+    assert isinstance(place.product.weight, Sparse)
+    return place.product.weight
+
+
+def _module(place: Place, params: Flat) -> SparseModule:
+    """Of one layer, with its parameters by name."""
+    assert place.product is not None
+    module = place.product.module(params)
+    assert isinstance(module, SparseModule)
+    return module
+
+
 def see(place: Place, params: Flat, key: jax.Array) -> Seen:
     """What there is to see of a weight, given all parameters by path."""
     product = place.product
@@ -187,12 +203,11 @@ def see(place: Place, params: Flat, key: jax.Array) -> Seen:
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(layers)
 
     def one(params):
-        module: Any = product.module(params)
+        module = _module(place, params)
         return module.support(), module.numbers()
 
     support, matrix = jax.vmap(one)(own)
-    assert isinstance(product.weight, Sparse)
-    return Seen(product.weight, (product.d_in, product.d_out), support, matrix, own, keys)
+    return Seen(weight_of(place), (product.d_in, product.d_out), support, matrix, own, keys)
 
 
 def moved(
@@ -208,15 +223,13 @@ def moved(
         }
 
         def one(params, states, support, place=place):
-            product = place.product
-            assert product is not None
-            module: Any = product.module(params)
+            module = _module(place, params)
             new, moments = dict(params), dict(states)
-            for name in product.weight.held:
+            for name in weight_of(place).held:
                 shape = params[name].shape
                 carry = lambda x: module.carry(x, support)  # noqa: E731
                 new[name] = carry(params[name])
-                moments[name] = _carried(states[name], shape, carry)
+                moments[name] = carried(states[name], shape, carry)
             return new | module.places(support), moments
 
         new, moments = jax.vmap(one)(here, known, supports[at])
@@ -227,29 +240,31 @@ def moved(
 
 
 def check_states(optimizer: Any, places: Mapping[str, Place], model: Any) -> None:
-    """Raises ConfigError where the optimizer's state of a sparse weight has no entry for each of
-    its entries, so that moments of new entries cannot begin at 0."""
+    """``check_state`` for what sparse weights hold, where it is lost when it is left out."""
     for place in places.values():
-        assert place.product is not None
-        weight = place.product.weight
-        assert isinstance(weight, Sparse)
-        for name in weight.held:
-            path = place.paths[name]
-            if weight.keeps or path not in optimizer.rules:
-                continue
-            rule, tensor = optimizer.rules[path], model.tensors[path]
-            shape = tensor.shape[1:] if tensor.stacked else tensor.shape
-            apart = not rule.together
-            if apart:
-                state = jax.eval_shape(rule.init, jax.ShapeDtypeStruct(shape, tensor.dtype))
-                leaves = jax.tree.leaves(state, is_leaf=_is_quantised)
-                apart = all(_is_quantised(x) or x.shape in (shape, ()) for x in leaves)
-            if not apart:
-                raise ConfigError(
-                    "",
-                    f"the optimizer's state of {path} does not stand entry by entry, so that that "
-                    "of new entries cannot begin at 0; give AdamW, Lion, SGD or another that does",
-                )
+        weight = weight_of(place)
+        for name in () if weight.keeps else weight.held:
+            check_state(optimizer, place.paths[name], model.tensors[place.paths[name]])
+
+
+def check_state(optimizer: Any, path: str, tensor: Tensor) -> None:
+    """Raises ConfigError where the optimizer's state of a parameter has no entry for each of its
+    entries, so that moments of new entries cannot begin at 0."""
+    rule = optimizer.rules.get(path)
+    if rule is None:
+        return
+    row = one_layer(tensor)
+    apart = not rule.together
+    if apart:
+        state = jax.eval_shape(rule.init, jax.ShapeDtypeStruct(row.shape, row.dtype))
+        leaves = jax.tree.leaves(state, is_leaf=_is_quantised)
+        apart = all(_is_quantised(x) or x.shape in (row.shape, ()) for x in leaves)
+    if not apart:
+        raise ConfigError(
+            "",
+            f"the optimizer's state of {path} does not stand entry by entry, so that that of new "
+            "entries cannot begin at 0; give AdamW, Lion, SGD or another that does",
+        )
 
 
 def dense_twin(model: Any) -> Any:
@@ -272,11 +287,9 @@ def _active(model: Any, places: Mapping[str, Place], flat: Flat) -> tuple[jax.Ar
     """(entries of sparse weights that are held, trained numbers less those that are not held)."""
     held, full = jnp.float32(0), 0
     for place in places.values():
-        product = place.product
-        assert product is not None
         own = {name: _stacked(place, flat[path]) for name, path in place.paths.items()}
-        held += jax.vmap(lambda own, product=product: product.module(own).entries())(own).sum()
-        full += sum(own[name].size for name in product.weight.held)
+        held += jax.vmap(lambda own, place=place: _module(place, own).entries())(own).sum()
+        full += sum(own[name].size for name in weight_of(place).held)
     return held, held + (model.parameters - full)
 
 
@@ -294,7 +307,7 @@ def _unstacked(place: Place, x: jax.Array) -> jax.Array:
     return x if place.stacked else x[0]
 
 
-def _carried(state: Any, shape: tuple[int, ...], carry: Callable) -> Any:
+def carried(state: Any, shape: tuple[int, ...], carry: Callable) -> Any:
     """The optimizer's state of a parameter of this shape, carried to a new support."""
 
     def one(path, x):

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 
 from jaxpt.duration import Duration, share
 from jaxpt.errors import ConfigError
+from jaxpt.growth.periodic import Place
 from jaxpt.sparsity import spread as spreads
-from jaxpt.sparsity.base import Seen, Slopes, Supports
+from jaxpt.sparsity.base import Seen, Supports, weight_of
 from jaxpt.sparsity.schedules import Periodic, cubic
 from jaxpt.sparsity.spread import Spread
 
@@ -64,13 +65,10 @@ class Gradual(Periodic):
         return spreads.keep(scores, seen, densities, self.number(step), self.spread)
 
 
-def first_density(weights) -> float:
+def first_density(weights: Mapping[str, Place]) -> float:
     """The density that all weights begin with. Raises ConfigError where they differ."""
-    found = {path: place.product.weight.density for path, place in weights.items()}
+    found = {path: weight_of(place).density for path, place in weights.items()}
     if len(set(found.values())) > 1:
         each = ", ".join(f"{path} {density}" for path, density in found.items())
         raise ConfigError("", f"all sparse weights must begin with one density: {each}")
     return next(iter(found.values()))
-
-
-__all__ = ["Gradual", "Slopes", "first_density"]

@@ -11,10 +11,9 @@ import numpy as np
 
 from jaxpt.errors import ConfigError
 from jaxpt.growth.periodic import Place
-from jaxpt.sparsity.base import Seen, Supports
+from jaxpt.sparsity.base import Seen, Supports, weight_of
 from jaxpt.weights.patterns import Groups
 from jaxpt.weights.selection import top_of_all
-from jaxpt.weights.sparse import Sparse
 
 # uniform  every matrix has the density (every competition of its pattern, exactly)
 # erk      Erdos-Renyi: a matrix's density is in proportion to (d_in + d_out) / (d_in d_out), at
@@ -32,8 +31,7 @@ def check(spread: Spread) -> None:
 def check_weights(spread: Spread, weights: Mapping[str, Place]) -> None:
     """Raises ConfigError where the weights do not admit of the spread."""
     for path, place in weights.items():
-        weight = place.product.weight if place.product else None
-        assert isinstance(weight, Sparse)
+        weight = weight_of(place)
         if weight.fixed:
             raise ConfigError(
                 "", f"{path} holds a fixed number of units: another density needs Masked"

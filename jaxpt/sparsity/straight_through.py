@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxpt.errors import ConfigError
 from jaxpt.sparsity import spread as spreads
-from jaxpt.sparsity.base import Sparsify
+from jaxpt.sparsity.base import Sparsify, weight_of
 from jaxpt.sparsity.spread import Spread
 
 
@@ -49,7 +49,7 @@ class StraightThrough(Sparsify):
 def check_trains(weights, wanted: str) -> None:
     """Raises ConfigError unless all weights are ``Masked`` and train what is wanted."""
     for path, place in weights.items():
-        trains = getattr(place.product.weight, "trains", None)
+        trains = getattr(weight_of(place), "trains", None)
         if trains != wanted:
             raise ConfigError(
                 "", f'{path} is no weight of this method: give Masked(trains="{wanted}")'
