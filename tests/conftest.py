@@ -6,6 +6,8 @@ import os
 import pathlib
 import tempfile
 
+import pytest
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join(
     [
@@ -18,3 +20,25 @@ os.environ["XLA_FLAGS"] = " ".join(
 _cache = pathlib.Path(tempfile.gettempdir()) / f"jaxpt-tests-{getpass.getuser()}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--no-skips", action="store_true", help="a test that is skipped has failed")
+
+
+def _failed_if_skipped(report, config):
+    """For CI, where nothing that a test needs may be missing."""
+    if report.skipped and not hasattr(report, "wasxfail") and config.getoption("no_skips"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, which --no-skips forbids: {report.longrepr}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    return _failed_if_skipped((yield), item.config)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    return _failed_if_skipped((yield), collector.config)
