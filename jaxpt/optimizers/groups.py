@@ -64,8 +64,10 @@ def is_matrix(tensor: Tensor) -> bool:
 
 
 def is_inner_matrix(tensor: Tensor) -> bool:
-    """Whether the tensor is a matrix inside the network: not the projection to the vocabulary."""
-    return is_matrix(tensor) and "vocab" not in tensor.axes
+    """Whether the tensor is a matrix inside the network: not the projection to the vocabulary, and
+    not the blocks of a sparse matrix."""
+    whole = len(tensor.shape) - tensor.stacked == 2
+    return is_matrix(tensor) and whole and "vocab" not in tensor.axes
 
 
 def resolve(

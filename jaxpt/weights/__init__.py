@@ -1,6 +1,7 @@
 """How one weight matrix is held: a file each. ``Dense`` is the plain matrix."""
 
 from jaxpt.weights.base import Weight, WeightModule
+from jaxpt.weights.block_sparse import BlocksInParts, BlockSparse, LowRankPlusBlockSparse
 from jaxpt.weights.dense import Dense
 from jaxpt.weights.init import Constant, FanIn, FanInUniform, Init, Normal, XavierUniform
 from jaxpt.weights.lora import LoRA
@@ -13,7 +14,9 @@ from jaxpt.weights.sparse_low_rank import SparsePlusLowRank
 from jaxpt.weights.support import Grouped, Support, Uniform
 
 __all__ = [
+    "BlockSparse",
     "Blocks",
+    "BlocksInParts",
     "Constant",
     "Dense",
     "Entries",
@@ -24,6 +27,7 @@ __all__ = [
     "Init",
     "LoRA",
     "LowRank",
+    "LowRankPlusBlockSparse",
     "Masked",
     "Normal",
     "Pattern",
