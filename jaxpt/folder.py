@@ -60,6 +60,11 @@ class RunFolder:
             raise ConfigError("workdir", f"{self.path} holds no run (it has no config.json)")
         return from_json(self.config.read_text(encoding="utf-8"), config_module)
 
+    def has_checkpoint(self) -> bool:
+        """Whether a checkpoint is there, whole or not."""
+        steps = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
+        return any(p.name.isdigit() for p in steps)
+
     def claim(self, run: Run, *, restart: bool = False) -> None:
         """Makes the folder this run's, or makes sure that it already is.
 
@@ -80,10 +85,8 @@ class RunFolder:
             raise ConfigError(
                 "workdir", f"{self.path} is not empty and holds no run; give another --workdir"
             )
-        has_steps = self.checkpoints.is_dir() and any(
-            p.name.isdigit() for p in self.checkpoints.iterdir()
-        )
-        if self.metrics.is_file() and self.metrics.stat().st_size and not has_steps:
+        written = self.metrics.is_file() and self.metrics.stat().st_size
+        if written and not self.has_checkpoint():
             if not restart:
                 raise ConfigError(
                     "workdir",

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxpt import checks
 from jaxpt.data.base import Split
 from jaxpt.data.device import (
     DeviceBatches,
@@ -26,11 +27,9 @@ from jaxpt.data.device import (
     whole_to_device,
 )
 from jaxpt.data.loader import Loader, build_loader
-from jaxpt.data.mixing.mixer import check_learning
 from jaxpt.data.tokenizers import Tokenizer
 from jaxpt.data.vocabulary import Vocabulary
 from jaxpt.duration import Duration, as_duration
-from jaxpt.errors import ConfigError
 from jaxpt.evaluation import Validation
 from jaxpt.mesh import Layout
 from jaxpt.models.model import Model
@@ -99,71 +98,17 @@ class Program:
         phase = self.phase
         return 3 * self.model.flops(phase.batch, phase.length, phase.target_length)
 
-    def check(self, before: Program | None = None) -> None:
+    def check(self, before: Program | None = None, start: Model | None = None) -> None:
         """Builds all that needs no device, so that what cannot work is said before any work.
 
         Args:
           before: the program of the phase before, where there is one.
+          start: the model whose parameters the run starts from, where there is one.
 
         Raises:
           ConfigError: with the field, as a user calls it.
         """
-        try:
-            _ = self.features, self.optimizer, self.step_function
-            check_learning(self.phase.data.mixing(), self.run.loader)
-            self.model.shardings(self.layout)
-            self._check_losses()
-            self._check_needs()
-            self._check_transitions(before.model if before else self.model)
-        except ConfigError as error:
-            own = {field.name for field in dataclasses.fields(self.phase)}
-            if error.field.split(".")[0] in own:
-                field = self.run.name_of(f"phases.{self.index}.{error.field}")
-                raise ConfigError(field, error.message) from None
-            raise
-
-    def _check_needs(self) -> None:
-        """Whether the model has all that the objective's examples ask for."""
-        for field, least in self.features.needs.items():
-            have = getattr(self.model.config, field, 0)
-            if have < least:
-                raise ConfigError(
-                    "objective",
-                    f"{type(self.phase.objective).__name__} needs model.{field} of {least} or "
-                    f"more; this model has {have}",
-                )
-
-    def _check_losses(self) -> None:
-        """Whether the step reports what an online mixing policy learns from."""
-        policy = self.phase.data.mixing()
-        if not policy.online:
-            return
-        step = eval_step(loss_function(self.model, self.phase.objective, self.domains))
-        with self.layout.active():
-            metrics = jax.eval_shape(step, self.abstract.params, self.abstract_batch)
-        if f"domain_loss/{self.domains[0]}" not in metrics:
-            raise ConfigError(
-                "objective",
-                f"{type(self.phase.objective).__name__} does not give the loss of each target "
-                f"(Loss.tokens), which {type(policy).__name__} learns from",
-            )
-
-    def _check_transitions(self, old: Model) -> None:
-        """Whether the phase's transitions lead from the model before to this one."""
-        for i, transition in enumerate(self.phase.begin):
-            try:
-                transition.validate(old, self.model)
-            except ConfigError as error:
-                raise error.within(f"begin.{i}") from None
-        if old.tensors == self.model.tensors or self.phase.begin:
-            return
-        changed = [p for p, t in self.model.tensors.items() if old.tensors.get(p) != t]
-        changed += [p for p in old.tensors if p not in self.model.tensors]
-        raise ConfigError(
-            "begin",
-            f"the model changes ({', '.join(changed[:3])}{', ...' * (len(changed) > 3)}) and no "
-            "transition says how; give one of jaxpt.growth",
-        )
+        checks.check(self, before, start)
 
     # State.
 
@@ -198,6 +143,21 @@ class Program:
         with self.layout.active():
             return jax.jit(self._fresh, out_shardings=_shardings(self.abstract))(key)
 
+    def begun(self, params: Params, old: Model, key: jax.Array) -> Params:
+        """Parameters of ``old`` after the phase's transitions, in this model's types."""
+        for i, transition in enumerate(self.phase.begin):
+            params = transition(params, old, self.model, jax.random.fold_in(key, i))
+        return jax.tree.map(lambda x, own: x.astype(own.dtype), params, self.model.abstract())
+
+    def start(self, old: Model, params: Params, key: jax.Array) -> TrainState:
+        """A state at step 0 around parameters that are there, those of the model ``old``."""
+
+        def start(params: Params) -> TrainState:
+            return self._around(self.begun(params, old, key), key)
+
+        with self.layout.active():
+            return jax.jit(start, out_shardings=_shardings(self.abstract))(params)
+
     def follow(self, before: Program, state: TrainState, key: jax.Array) -> TrainState:
         """The state that this phase begins with, made from the last one of the phase before.
 
@@ -206,9 +166,7 @@ class Program:
         """
 
         def begin(state: TrainState) -> TrainState:
-            params = state.params
-            for i, transition in enumerate(self.phase.begin):
-                params = transition(params, before.model, self.model, jax.random.fold_in(key, i))
+            params = self.begun(state.params, before.model, key)
             fresh = self._around(params, key)
             opt_state = fresh.opt_state
             if self.keeps_optimizer(before):
@@ -343,7 +301,9 @@ class Program:
                 # One shard: the same examples whatever the batch; read here, once.
                 loading=dataclasses.replace(self.run.loader, shards=1, workers=0),
             ) as loader:
-                found.append(Validation.of(name, itertools.islice(loader, batches)))
+                found.append(
+                    Validation.of(name, itertools.islice(loader, batches), phase.objective.baseline)
+                )
         return found
 
     def eval_params(self, state: TrainState) -> Params:

@@ -134,6 +134,7 @@ class Phase:
                 "MaskedLM, or model.kind decoder or encoder_decoder",
             )
         check_outputs(self.objective.outputs, self.objective, model)
+        self.objective.check_source(self.data)
         if self.batch % self.step.accumulate:
             raise ConfigError(
                 "batch",
@@ -167,6 +168,8 @@ class Run:
     monitor: Monitor = dataclasses.field(default_factory=Monitor)
     # how batches are made
     loader: Loading = dataclasses.field(default_factory=Loading)
+    # folder of a run, of an imported model or of Hugging Face, whose parameters it starts from
+    start_from: str | None = None
     seed: int = 0  # gives initialisation, data order, denoising and dropout, each its own key
     init_seed: int | None = None  # initialisation alone; None: from seed
     data_seed: int | None = None  # data order and denoising alone; None: from seed

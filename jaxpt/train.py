@@ -36,6 +36,7 @@ from jaxpt.report import write_report, write_results, write_samples
 from jaxpt.run import Phase, Run, to_json
 from jaxpt.samples import samples, show
 from jaxpt.signals import StopRequest
+from jaxpt.start import Start, open_start
 from jaxpt.state import TrainState
 
 
@@ -90,15 +91,12 @@ class Trainer:
         together: Session,
         progress: Progress,
         resumed: tuple[Program, TrainState] | None,
+        source: Start | None = None,
     ):
         self.run, self.folder, self.tokenizer, self.layout = run, folder, tokenizer, layout
-        self.checkpoints, self.monitor, self.stop, self.progress = (
-            checkpoints,
-            monitor,
-            stop,
-            progress,
-        )
-        self.together, self.resumed = together, resumed
+        self.checkpoints, self.monitor = checkpoints, monitor
+        self.stop, self.progress = stop, progress
+        self.together, self.resumed, self.source = together, resumed, source
         self.key = jax.random.key(run.seed)
         self.results: dict[str, dict[str, float]] | None = None
         self._evaluated_at = self._asked_at = -1
@@ -142,7 +140,8 @@ class Trainer:
     def begin(self) -> tuple[Program, TrainState]:
         program = self.program(0)
         seed = self.run.seed if self.run.init_seed is None else self.run.init_seed
-        state = program.init(jax.random.key(seed))
+        key = jax.random.key(seed)
+        state = self.source.state(program, key) if self.source else program.init(key)
         self.save(state)
         return program, state
 
@@ -282,7 +281,8 @@ def train(run: Run, workdir: str | os.PathLike, *, restart: bool = False) -> Res
     run.validate(jax.device_count())
     folder = RunFolder(Path(workdir))
     layout, tokenizer = run.mesh.build(), folder.tokenizer(run)
-    check(run, tokenizer, layout)
+    source = open_start(run, folder)
+    check(run, tokenizer, layout, source)
     with contextlib.ExitStack() as stack:
         together = stack.enter_context(session())
         if together.first:
@@ -322,6 +322,7 @@ def train(run: Run, workdir: str | os.PathLike, *, restart: bool = False) -> Res
             together,
             progress,
             resumed,
+            source,
         )
         with together.watching():
             return trainer.train()
@@ -336,13 +337,13 @@ def restore(
     return progress, (program, checkpoints.restore(step, program.abstract))
 
 
-def check(run: Run, tokenizer: Tokenizer, layout: Layout) -> None:
+def check(run: Run, tokenizer: Tokenizer, layout: Layout, source: Start | None = None) -> None:
     """Builds every phase as far as that needs no device. Raises ConfigError."""
     examine.check(run.evaluate.harness)
-    before = None
+    before, start = None, source and source.model
     for index in range(len(run.phases)):
         program = Program(run, index, tokenizer.vocabulary, layout)
-        program.check(before)
+        program.check(before, start)
         before = program
 
 

@@ -10,6 +10,7 @@ from jaxpt.growth.relora import ReLoRA, Restart
 from jaxpt.growth.reset import Reset
 from jaxpt.growth.reset_moments import ResetMoments
 from jaxpt.growth.stack import Stack
+from jaxpt.growth.vocabulary import ResizeVocabulary
 
 __all__ = [
     "Average",
@@ -20,6 +21,7 @@ __all__ = [
     "Refactorise",
     "Reset",
     "ResetMoments",
+    "ResizeVocabulary",
     "Restart",
     "Stack",
     "Transition",
