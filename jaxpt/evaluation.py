@@ -73,12 +73,19 @@ class Validation:
     targets: int
 
     @staticmethod
-    def of(name: str, batches: Iterable[HostBatch]) -> Validation:
+    def of(
+        name: str,
+        batches: Iterable[HostBatch],
+        baseline: Callable[[np.ndarray], float | None] = lambda targets: None,
+    ) -> Validation:
+        """``baseline``: an objective's own; None of it: the targets' unigram entropy."""
         batches = list(batches)
         targets = np.concatenate(
             [b["targets"][b["weights"] > 0] for b in batches] or [np.zeros(0, np.int32)]
         )
-        return Validation(name, batches, unigram_entropy(targets), targets.size)
+        own = baseline(targets)
+        own = unigram_entropy(targets) if own is None else own
+        return Validation(name, batches, own, targets.size)
 
 
 def unigram_entropy(targets: np.ndarray) -> float:

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 from collections.abc import Sequence
 
+from jaxpt.answers import Answers
 from jaxpt.data.base import Split
 from jaxpt.errors import ConfigError
 from jaxpt.evaluation import Harness, Validation, evaluate
@@ -18,10 +19,24 @@ def losses(
     loaded: Loaded, validations: Sequence[Validation], split: Split = "validation"
 ) -> Results:
     """Component of the objective -> its loss, baseline, accuracy, number of targets, and what
-    else the objective reports."""
+    else the objective reports.
+
+    Where there are labels, also the figures of the whole split: beside the loss, or where the data
+    has several domains under the name of each.
+    """
     program = loaded.program
-    more = program.phase.objective.validated
-    return evaluate(program.eval_step, loaded.params, program.put, validations, more)
+    objective, data = program.phase.objective, program.phase.data
+    results = evaluate(
+        program.eval_step, loaded.params, program.put, validations, objective.validated
+    )
+    if not objective.labelled:
+        return results
+    answers = Answers(loaded)
+    parts, domains = data.parts_of(split), data.domains()
+    for (cases, _), domain in zip(parts, domains, strict=True):
+        name = objective.tasks[0] if len(parts) == 1 else domain.name
+        results[name] = results.get(name, {}) | objective.figures(answers, cases)
+    return results
 
 
 def ask(loaded: Loaded, harness: Harness) -> Results:

@@ -50,8 +50,10 @@ def samples(
 
     Returns:
       Dicts of texts: "task", "input", "target", "output"; for masked LM target and output are
-      the whole text.
+      the whole text. None of a model that gives no tokens.
     """
+    if "tokens" not in program.model.config.outputs:
+        return []
     vocabulary = tokenizer.vocabulary
     found = [(v.name, e) for v in validations if (e := _first(v.batches)) is not None]
     picked = _varied(found, vocabulary)[:count]

@@ -78,6 +78,8 @@ def results_table(results: Mapping[str, Mapping[str, float]]) -> Table:
     for column in ("denoiser", "loss", "unigram entropy", "below it by", "accuracy", "targets"):
         table.add_column(column, justify="left" if column == "denoiser" else "right")
     for name, r in results.items():
+        if "loss" not in r:
+            continue
         table.add_row(
             name,
             f"{r['loss']:.3f}",

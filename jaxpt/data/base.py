@@ -26,6 +26,9 @@ class EmptySplit(ConfigError):
 class Source:
     """Config of a source; subclasses live in a file each in ``jaxpt/data``."""
 
+    # Whether its documents are ``Case`` (jaxpt/data/labelled.py), and not texts.
+    labelled = False
+
     def open(self, split: Split) -> Sequence[str]:
         """Random access to the documents of a split: ``len`` and ``[i] -> str``; picklable.
 

@@ -48,23 +48,8 @@ class HuggingFace(Source):
           DataError: the dataset cannot be had, or has no such column.
         """
         check_split(split)
-        try:
-            datasets: Any = importlib.import_module("datasets")
-        except ImportError as error:
-            raise ConfigError(
-                "name", f"{self.name!r} needs datasets: pip install 'jaxpt[hf]' ({error})"
-            ) from error
         wanted = self.train_split if split == "train" else self.validation_split
-        try:
-            found = _load(datasets, self.name, self.config, wanted)
-        except KeyError as error:
-            known = ", ".join(error.args[1])
-            raise EmptySplit(
-                f"{split}_split", f"{self.name} has no split {wanted!r}; it has {known}"
-            ) from None
-        except Exception as error:  # the library has many of its own, and passes on others'
-            first = str(error).split("\n")[0]
-            raise DataError(f"{self.name}: {type(error).__name__}: {first}") from error
+        found = dataset_of(self.name, self.config, wanted, f"{split}_split")
         name = f"{self.name}[{wanted}]"
         if self.field not in found.column_names:
             known = ", ".join(found.column_names)
@@ -76,6 +61,36 @@ class HuggingFace(Source):
         if not (len(found) if rows is None else len(rows)):
             raise EmptySplit(f"{split}_split", f"{name} has no document; left out: {skips.counts}")
         return Rows(found.select_columns([self.field]), self.field, name, rows, skips)
+
+
+def dataset_of(name: str, config: str | None, split: str, field: str) -> Any:
+    """A split as a ``datasets.Dataset``: ``len`` and ``[i] -> dict``.
+
+    Args:
+      name: dataset on the hub, folder of data files, or folder that save_to_disk wrote.
+      config: the dataset's configuration, where it has several.
+      split: as the library writes it.
+      field: what names the split, in errors.
+
+    Raises:
+      ConfigError: ``datasets`` is not installed.
+      EmptySplit: the dataset has no such split.
+      DataError: the dataset cannot be had.
+    """
+    try:
+        datasets: Any = importlib.import_module("datasets")
+    except ImportError as error:
+        raise ConfigError(
+            "name", f"{name!r} needs datasets: pip install 'jaxpt[hf]' ({error})"
+        ) from error
+    try:
+        return _load(datasets, name, config, split)
+    except KeyError as error:
+        known = ", ".join(error.args[1])
+        raise EmptySplit(field, f"{name} has no split {split!r}; it has {known}") from None
+    except Exception as error:  # the library has many of its own, and passes on others'
+        first = str(error).split("\n")[0]
+        raise DataError(f"{name}: {type(error).__name__}: {first}") from error
 
 
 def _load(datasets: Any, name: str, config: str | None, split: str) -> Any:

@@ -327,7 +327,8 @@ def build_loader(
 
     def pieces(documents: Sequence[str]) -> Pieces:
         cache, wanted = loading.cache // len(parts), loading.pieces if shuffle else 1
-        tokens = Tokenised(documents, tokenizer, features.document_end, cache)
+        encoder = features.encoder(tokenizer)
+        tokens = Tokenised(documents, encoder, features.document_end, cache)
         return Pieces(tokens, piece_counts(documents, wanted, PIECE_SIZE * length))
 
     packer = Packer(length, target_length, tokenizer.vocabulary.pad, loading.pack, features.extra)

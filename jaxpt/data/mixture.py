@@ -95,6 +95,10 @@ class Mixture(Source):
             for i, d in enumerate(found)
         )
 
+    @property
+    def labelled(self) -> bool:  # type: ignore[override]
+        return all(source.labelled for source, _ in self.parts)
+
     def mixing(self) -> Policy:
         return self.policy
 

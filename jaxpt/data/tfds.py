@@ -35,31 +35,44 @@ class Tfds(Source):
           DataError: the dataset is not there, or has no such feature.
         """
         check_split(split)
-        try:
-            tfds: Any = importlib.import_module("tensorflow_datasets")
-        except ImportError as error:
-            raise ConfigError(
-                "name",
-                f"{self.name!r} needs tensorflow_datasets: pip install 'jaxpt[tfds]' ({error})",
-            ) from error
         name = self.train_split if split == "train" else self.validation_split
-        try:
-            builder: Any = tfds.builder(
-                self.name, data_dir=self.data_dir, file_format="array_record"
-            )
-            base = name.split("[")[0]
-            if base not in builder.info.splits:
-                known = ", ".join(builder.info.splits) or "none: it is not prepared"
-                raise EmptySplit(
-                    f"{split}_split", f"{self.name} has no split {base!r}; it has {known}"
-                )
-            records = builder.as_data_source(split=name)
-        except (OSError, ValueError, NotImplementedError, AttributeError, LookupError) as error:
-            if isinstance(error, ConfigError):
-                raise
-            first = str(error).splitlines()[:1]  # tfds goes on to list all that it knows
-            raise DataError(f"{self.name}: {''.join(first)}") from error
+        records = records_of(self.name, name, self.data_dir, f"{split}_split")
         return Texts(records, self.field, f"{self.name}[{name}]")
+
+
+def records_of(name: str, split: str, data_dir: str | None, field: str) -> Any:
+    """The records of a prepared dataset, random access: ``len`` and ``[i] -> dict``.
+
+    Args:
+      name: dataset, with config and version as far as wanted.
+      split: as tfds writes it.
+      data_dir: where datasets lie; None: tfds's own default.
+      field: what names the split, in errors.
+
+    Raises:
+      ConfigError: tensorflow_datasets is not installed.
+      EmptySplit: the dataset has no such split.
+      DataError: the dataset is not there.
+    """
+    try:
+        tfds: Any = importlib.import_module("tensorflow_datasets")
+    except ImportError as error:
+        raise ConfigError(
+            "name",
+            f"{name!r} needs tensorflow_datasets: pip install 'jaxpt[tfds]' ({error})",
+        ) from error
+    try:
+        builder: Any = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+        base = split.split("[")[0]
+        if base not in builder.info.splits:
+            known = ", ".join(builder.info.splits) or "none: it is not prepared"
+            raise EmptySplit(field, f"{name} has no split {base!r}; it has {known}")
+        return builder.as_data_source(split=split)
+    except (OSError, ValueError, NotImplementedError, AttributeError, LookupError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        first = str(error).splitlines()[:1]  # tfds goes on to list all that it knows
+        raise DataError(f"{name}: {''.join(first)}") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from jaxpt.models.base import ModelConfig
 from jaxpt.models.cache import Cache
 from jaxpt.models.distilled import Distilled
 from jaxpt.models.electra import Discriminator, Electra
+from jaxpt.models.headed import Headed, headed
 from jaxpt.models.mlp import MLP
 from jaxpt.models.model import Model, Network
 from jaxpt.models.norm import LayerNorm, Norm, RMSNorm
@@ -28,6 +29,7 @@ __all__ = [
     "Distilled",
     "DynamicNTK",
     "Electra",
+    "Headed",
     "LayerNorm",
     "Learned",
     "LinearScaling",
@@ -45,4 +47,5 @@ __all__ = [
     "RotaryScaling",
     "Transformer",
     "YaRN",
+    "headed",
 ]

@@ -28,7 +28,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from jaxpt.errors import ConfigError
+
 if TYPE_CHECKING:
+    from jaxpt.data.base import Source
     from jaxpt.data.packing import Packer
     from jaxpt.data.vocabulary import Vocabulary
     from jaxpt.objectives.lengths import Lengths
@@ -79,6 +82,11 @@ class Features:
         """
         raise NotImplementedError
 
+    def encoder(self, tokenizer: Any) -> Any:
+        """What makes raw tokens of the source's documents: ``encode(document) -> int32 [n]``. The
+        tokenizer, unless the documents are no texts."""
+        return tokenizer
+
     def count(self, task: int, n: int) -> Lengths:
         """The most that an example of ``n`` raw tokens takes; never less for a larger n."""
         raise NotImplementedError
@@ -110,6 +118,9 @@ class Features:
 class Objective:
     """Config of an objective; subclasses live in a file each in ``jaxpt/objectives``."""
 
+    # Whether it learns from ``Case`` (jaxpt/data/labelled.py), and not from texts.
+    labelled = False
+
     @property
     def tasks(self) -> tuple[str, ...]:
         """Names of the components that examples come from; loss is reported for each."""
@@ -137,6 +148,14 @@ class Objective:
         """Metrics that validation reports beside the loss and the accuracy of the targets."""
         return ()
 
+    def check_source(self, source: Source) -> None:
+        """Raises ConfigError where the source gives labels and the objective wants none, or the
+        other way round."""
+        if self.labelled != source.labelled:
+            gives, wants = ("labels" if x.labelled else "no labels" for x in (source, self))
+            names = type(source).__name__, type(self).__name__
+            raise ConfigError("data", f"{names[0]} gives {gives}, and {names[1]} wants {wants}")
+
     def only(self, task: int) -> Objective:
         """The objective with one component alone, for evaluating it."""
         raise NotImplementedError
@@ -155,6 +174,20 @@ class Objective:
             objective's own.
         """
         raise NotImplementedError
+
+    def baseline(self, targets: np.ndarray) -> float | None:
+        """The loss of one answer for all ``targets`` (int32 [n]), the best that there is; None:
+        their unigram entropy, in nats."""
+        return None
+
+    def figures(self, answers: Any, cases: Any) -> dict[str, float]:
+        """What all cases of a split tell at once, beside the loss; {} where there is nothing.
+
+        Args:
+          answers: ``jaxpt.answers.Answers``, what the model says.
+          cases: ``jaxpt.data.labelled.Cases``.
+        """
+        return {}
 
     def whole(self, batch: Batch) -> Batch:
         """The global batch with what only all of it can tell, in fields with a value a row.
