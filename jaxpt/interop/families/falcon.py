@@ -32,7 +32,10 @@ class Falcon(Family):
 
     model_type = "falcon"
     architecture = "FalconForCausalLM"
-    harmless: ClassVar[dict[str, str]] = {"attention_dropout": "how training regularises"}
+    harmless: ClassVar[dict[str, str]] = {
+        "attention_dropout": "how training regularises",
+        "ff_factor": "ffn_hidden_size is read",
+    }
     left_out: ClassVar[dict[str, str]] = {r".*rotary_emb\.inv_freq": "follow from the config"}
 
     def config(self, fields: Fields, names: Collection[str]) -> Transformer:

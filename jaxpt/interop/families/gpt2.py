@@ -26,6 +26,8 @@ class GPT2(Family):
     prefix = "transformer."
     harmless: ClassVar[dict[str, str]] = {
         "n_ctx": "as n_positions",
+        "_num_labels": SUMMARY,
+        **dict.fromkeys(("n_special", "predict_special_tokens"), "of GPT's first code"),
         "reorder_and_upcast_attn": "how half precision is rounded",
         **dict.fromkeys(("summary_type", "summary_use_proj", "summary_activation"), SUMMARY),
         **dict.fromkeys(("summary_proj_to_labels", "summary_first_dropout"), SUMMARY),

@@ -29,6 +29,7 @@ class LlamaLike(Family):
     mlp_bias: whether config.json says if the MLP has biases.
     """
 
+    harmless: ClassVar[dict[str, str]] = {"max_sequence_length": "as max_position_embeddings"}
     left_out: ClassVar[dict[str, str]] = {r".*rotary_emb\.inv_freq": "follow from the config"}
     defaults: ClassVar[dict[str, Any]] = {
         "hidden_size": 4096,

@@ -26,7 +26,10 @@ class OPT(Family):
     model_type = "opt"
     architecture = "OPTForCausalLM"
     prefix = "model."
-    harmless: ClassVar[dict[str, str]] = {"init_std": "how training initialises"}
+    harmless: ClassVar[dict[str, str]] = {
+        "init_std": "how training initialises",
+        "activation_dropout": "transformers does not apply it",
+    }
 
     def config(self, fields: Fields, names: Collection[str]) -> Transformer:
         fields.expect("layerdrop", 0.0)

@@ -21,7 +21,9 @@ class Phi3(LlamaLike):
 
     model_type = "phi3"
     architecture = "Phi3ForCausalLM"
-    harmless: ClassVar[dict[str, str]] = {"embd_pdrop": "transformers does not apply it"}
+    harmless: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("embd_pdrop", "full_attn_mod", "interpolate_factor"), "transformers does not look at it"
+    )
     defaults: ClassVar[dict[str, Any]] = {
         **LlamaLike.defaults,
         "hidden_size": 3072,
@@ -33,6 +35,8 @@ class Phi3(LlamaLike):
     }
 
     def config(self, fields, names):
+        for name in ("attention_bias", "mlp_bias", "lm_head_bias"):
+            fields.expect(name, False)
         found = super().config(fields, names)
         return dataclasses.replace(found, dropout=float(fields.get("resid_pdrop", 0.0)))
 

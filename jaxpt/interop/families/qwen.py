@@ -25,6 +25,10 @@ class Qwen2(LlamaLike):
         "max_window_layers": 28,
     }
 
+    def config(self, fields, names):
+        fields.expect("use_mrope", False)
+        return super().config(fields, names)
+
     def _biases(self, fields):
         return True, False
 
