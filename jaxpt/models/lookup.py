@@ -56,7 +56,7 @@ def _summed_over_devices(g: jax.Array, ids: jax.Array, rows: int) -> jax.Array:
 
 
 def _summed_flat(g: jax.Array, ids: jax.Array, rows: int) -> jax.Array:
-    return summed(g.reshape(-1, g.shape[-1]), ids.reshape(-1), rows).astype(g.dtype)
+    return summed(g.reshape(-1, g.shape[-1]), ids.reshape(-1), rows)
 
 
 def summed(g: jax.Array, ids: jax.Array, rows: int) -> jax.Array:
@@ -73,7 +73,7 @@ def summed(g: jax.Array, ids: jax.Array, rows: int) -> jax.Array:
       rows: V.
 
     Returns:
-      float32 [V, D].
+      [V, D], of g's dtype; summed in float32.
     """
     order = jnp.argsort(ids)
     pad = -len(ids) % CHUNK
@@ -86,14 +86,23 @@ def summed(g: jax.Array, ids: jax.Array, rows: int) -> jax.Array:
     sums_MCD = jnp.einsum(
         "mrc,mcd->mrd", member, g_MCD, precision="highest", preferred_element_type=jnp.float32
     )
+    # The last run of a chunk may go on in the next, and, where that is all of one id, further:
+    # what follows chunk m is  tail[m] = first[m + 1] + through[m + 1] tail[m + 1].
+    goes_on = jnp.pad(ids_MC[1:, 0] == ids_MC[:-1, -1], (1, 0))
+    through = goes_on & (run_MC[:, -1] == 0)
+    first = jnp.where(goes_on[:, None], sums_MCD[:, 0], 0)
+    _, back = jax.lax.associative_scan(_chained, (through[:, None], first), reverse=True)
+    tail = jnp.pad(back[1:], ((0, 1), (0, 0)))
+    last = (jnp.arange(CHUNK) == run_MC[:, -1:])[..., None]
+    sums = (sums_MCD + jnp.where(last, tail[:, None], 0)).reshape(-1, g.shape[-1]).astype(g.dtype)
     # A row's first run lies where its id would be put; there is none where another's id stands.
-    flat = ids_MC.reshape(-1)
-    first = jnp.minimum(jnp.searchsorted(flat, jnp.arange(rows)), len(flat) - 1)
-    at = first - first % CHUNK + run_MC.reshape(-1)[first]
-    found = flat[first] == jnp.arange(rows)
-    total = jnp.where(found[:, None], sums_MCD.reshape(len(flat), -1)[at], 0)
-    if len(ids_MC) == 1:
-        return total
-    # What a chunk goes on with from the one before is the run of its first id: chunks are rows too.
-    goes_on = ids_MC[1:, 0] == ids_MC[:-1, -1]
-    return total + summed(sums_MCD[1:, 0], jnp.where(goes_on, ids_MC[1:, 0], rows), rows)
+    flat, own = ids_MC.reshape(-1), jnp.arange(rows)
+    place = jnp.minimum(jnp.searchsorted(flat, own), len(flat) - 1)
+    at = place - place % CHUNK + run_MC.reshape(-1)[place]
+    return jnp.where((flat[place] == own)[:, None], sums[at], 0)
+
+
+def _chained(later, earlier):
+    """One stretch of chunks before another: (whether what follows both goes through, their sum)."""
+    (through_1, sum_1), (through_2, sum_2) = later, earlier
+    return through_1 & through_2, sum_2 + jnp.where(through_2, sum_1, 0)
