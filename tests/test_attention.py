@@ -1,5 +1,6 @@
 """The attention op: against a loop in numpy, T5's and ALiBi's formulas, and its own reference."""
 
+import functools
 import math
 
 import jax
@@ -23,6 +24,7 @@ from kernels.attention import (
     shared_bias,
     xla,
 )
+from kernels.attention import dropout as dropouts
 
 IMPLEMENTATIONS = ("reference", "xla")
 
@@ -280,12 +282,14 @@ def test_cudnn_refuses(name):
     [
         ("cpu", {}, "xla"),
         ("tpu", {}, "pallas_tpu"),
-        ("tpu", {"dropout": (0.1, 0)}, "xla"),
+        ("tpu", {"dropout": (0.1, jax.random.key(0))}, "pallas_tpu"),
+        ("tpu", {"bias": np.zeros((1, 2, 1, 128), np.float32)}, "xla"),
         ("tpu", {"segments": np.ones((1, 128), int)}, "pallas_tpu"),
         ("gpu", {}, "cudnn"),
         ("gpu", {"segments": np.ones((1, 128), int)}, "pallas_gpu"),
         ("gpu", {"bias": RelativeBias(np.zeros((2, 8), np.float32))}, "pallas_gpu"),
-        ("gpu", {"softcap": 2.0, "dropout": (0.1, 0)}, "xla"),
+        ("gpu", {"dropout": (0.1, jax.random.key(0))}, "pallas_gpu"),
+        ("gpu", {"softcap": 2.0, "bias": np.zeros((1, 2, 1, 128), np.float32)}, "xla"),
     ],
 )
 def test_choice(backend, change, choice, monkeypatch):
@@ -320,28 +324,32 @@ SPLITS = {
     "context": (Split(batch="data", length="tensor"), "xla"),
     "kernels": (Split(batch="data", heads="tensor"), "pallas_tpu_interpret"),
     "context by kernels": (Split(batch="data", length="tensor"), "pallas_tpu_interpret"),
+    "ring": (Split(batch="data", length="tensor", ring=True), "xla"),
+    "ring by kernels": (Split(batch="data", length="tensor", ring=True), "pallas_tpu_interpret"),
 }
 
 
 @pytest.mark.parametrize(
-    ("case", "groups"), [*((case, 4) for case in SPLITS), ("batch and heads", 1), ("context", 1)]
+    ("case", "groups"), [*((case, 4) for case in SPLITS), ("batch and heads", 1), ("ring", 1)]
 )
 def test_over_a_mesh_as_on_one_device(case, groups):
     split, implementation = SPLITS[case]
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "tensor"))
     q, k, v = arrays((8, 12, 4, 8), groups=groups)
     bias = RelativeBias(jax.random.normal(jax.random.key(0), (4, 8)), 6)
-    bias = None if case == "context by kernels" else bias  # which they serve without
+    # By the kernels, a bias takes rows of whole tiles.
+    bias = None if split.length and implementation != "xla" else bias
     rng = np.random.default_rng(0)
     marks = {
         "segments": np.sort(rng.integers(0, 3, (8, 12))),
         "prefix": rng.integers(0, 2, (8, 12)),
     }
     weights = rng.normal(size=q.shape).astype(np.float32)
+    dropout = (0.2, jax.random.key(1))
 
     def run(function):
         def total(q, k, v, bias):
-            out = function(q, k, v, bias=bias, causal=True, **marks)
+            out = function(q, k, v, bias=bias, causal=True, dropout=dropout, **marks)
             return (out * weights).sum(), out
 
         return jax.jit(jax.grad(total, (0, 1, 2, 3), has_aux=True))(q, k, v, bias)
@@ -355,13 +363,68 @@ def test_over_a_mesh_as_on_one_device(case, groups):
         np.testing.assert_allclose(a, b, atol=3e-5)
 
 
+@pytest.mark.parametrize("ring", [True, False])
+def test_bias_of_the_kernels_where_the_length_is_cut(ring):
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("length", "heads"))
+    split = Split(heads="heads", length="length", ring=ring)
+    q, _, _ = arrays((1, 256, 4, 8))
+    bias = RelativeBias(jax.random.normal(jax.random.key(0), (4, 8)), 100, not ring)
+
+    def run(**arguments):
+        def total(q, bias):
+            out = sharded_attention(
+                q, q, q, mesh=mesh, bias=bias, causal=ring, window=200, **arguments
+            )
+            return (out**2).sum()
+
+        return jax.tree.leaves(jax.jit(jax.grad(total, (0, 1)))(q, bias))
+
+    got = run(split=split, implementation="pallas_tpu_interpret")
+    want = run(split=Split(), implementation="reference")
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_ring_keeps_its_share_of_the_keys():
+    mesh = Mesh(np.array(jax.devices()), ("length",))
+
+    def temporaries(ring, length=1 << 15):
+        x = jax.ShapeDtypeStruct((1, length, 1, 256), jnp.float32)
+        split = Split(length="length", ring=ring)
+
+        def total(q, k, v):
+            return sharded_attention(q, k, v, mesh=mesh, split=split, causal=True).sum()
+
+        sharding = jax.NamedSharding(mesh, jax.P(None, "length"))
+        gradients = jax.jit(jax.grad(total, (0, 1, 2)), in_shardings=(sharding,) * 3)
+        return gradients.lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+
+    share = 4 * 256 * (1 << 15) // 8
+    ring, gathered = temporaries(True), temporaries(False)
+    assert gathered > 4 * 8 * share  # keys, values and the gradients of each
+    assert ring < gathered / 2
+    assert ring < 1.1 * temporaries(True, 1 << 16) / 2
+
+
+def test_a_ring_says_what_it_does_not_serve():
+    mesh = Mesh(np.array(jax.devices()), ("length",))
+    ring = functools.partial(sharded_attention, mesh=mesh, split=Split(length="length", ring=True))
+    q = jnp.zeros((1, 8, 1, 4))
+    with pytest.raises(NotImplementedError, match=r"bias \(an array\)"):
+        ring(q, q, q, bias=jnp.zeros((8, 8)))
+    with pytest.raises(NotImplementedError, match="reference"):
+        ring(q, q, q, implementation="reference")
+    with pytest.raises(ValueError, match="length of keys 9"):
+        ring(q, *[jnp.zeros((1, 9, 1, 4))] * 2)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        jax.hessian(lambda q: ring(q, q, q).sum())(q)
+
+
 def test_a_mesh_must_divide_the_sizes():
     q = jnp.zeros((3, 8, 4, 8))
     mesh = Mesh(np.array(jax.devices()), ("data",))
     with pytest.raises(ValueError, match="batch 3"):
         sharded_attention(q, q, q, mesh=mesh, split=Split(batch="data"))
-    with pytest.raises(NotImplementedError, match="dropout"):
-        sharded_attention(q, q, q, mesh=mesh, split=Split(), dropout=(0.1, jax.random.key(0)))
 
 
 @pytest.fixture
@@ -375,7 +438,7 @@ def chunked(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "case", ["packed", "relative", "alibi", "array", "array over heads", "softcap"]
+    "case", ["packed", "relative", "alibi", "array", "array over heads", "dropout"]
 )
 def test_chunks_of_queries_equal_the_reference(case, chunked):
     test_values_and_gradients_equal_the_reference(case, 2)
@@ -496,6 +559,20 @@ def test_dropout_rate_and_scale():
     # Each entry is the mean of 64 values, 0 or 1 / 0.75: deviation sqrt(1/3) / 8.
     assert abs(float(out.mean()) - 1) < 4 * math.sqrt(1 / 3 / 64 / 128)
     assert 0.05 < float(out.std()) < 0.1
+
+
+def test_dropout_takes_entries_that_know_nothing_of_each_other():
+    rate, size = 0.3, 256
+    kept = np.asarray(dropouts.kept_of(dropouts.drawn(rate, jax.random.key(0), 2, 2, size, size)))
+    assert abs(kept.mean() - 0.7) < 4 * math.sqrt(0.21 / kept.size)
+    bits = (kept - 0.7) / math.sqrt(0.21)
+    # Of entries apart by rows, columns, heads and rows of the batch, and of whole rows.
+    for axis, step in ((3, 1), (3, 2), (2, 1), (2, 8), (1, 1), (0, 1)):
+        product = bits * np.roll(bits, step, axis)
+        assert abs(product.mean()) < 5 / math.sqrt(kept.size), (axis, step)
+    rows = bits.reshape(-1, size)
+    between = (rows @ rows.T / size)[np.triu_indices(len(rows), 1)]
+    assert np.abs(between).max() < 6.5 / math.sqrt(size)
 
 
 @pytest.mark.parametrize(

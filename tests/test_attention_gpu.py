@@ -24,6 +24,7 @@ from kernels.attention import (
     gpu_parts,
 )
 from kernels.attention.cases import Case
+from kernels.attention.dropout import drawn
 from kernels.attention.gpu_parts import Plan, Size
 from kernels.attention.rule import allowed
 
@@ -170,9 +171,9 @@ def test_t5_bias():
 def test_t5_bias_both_ways_between_segments():
     segments = rows_of(np.random.default_rng(0), 2, 128)
     bias = relative(2, bidirectional=True, max_distance=40)
-    compare(
-        (2, 128, 2, 16), {"segments": jnp.asarray(segments)}, bias, softcap=3.0, dtype="bfloat16"
-    )
+    marks = {"segments": jnp.asarray(segments)}
+    marks["dropout"] = drawn(0.3, jax.random.key(0), 2, 2, 128, 128)
+    compare((2, 128, 2, 16), marks, bias, softcap=3.0, dtype="bfloat16")
 
 
 def test_t5_bias_and_other_lengths_of_keys():
@@ -181,7 +182,8 @@ def test_t5_bias_and_other_lengths_of_keys():
 
 def test_alibi_odd_widths_and_keys_that_run_out():
     bias = ALiBi(jnp.asarray(alibi_slopes(2)))
-    compare((1, 130, 2, 80), bias=bias, keys=70, wide=24, causal=True, window=50)
+    marks = {"dropout": drawn(0.5, jax.random.key(0), 1, 2, 130, 70)}
+    compare((1, 130, 2, 80), marks, bias, keys=70, groups=1, wide=24, causal=True, window=50)
 
 
 def test_positions_in_any_order():
@@ -221,7 +223,7 @@ def test_lowers_for_gpus_without_one(model, length, kernels):
         (relative(4, True), {"causal": True, "prefix": True, "softcap": 3.0}),
         (relative(4, True), {"positions": True, "causal": True, "window": 40}),
         (relative(4, True), {}),
-        (ALiBi(jnp.ones(4)), {"segments": True, "causal": True}),
+        (ALiBi(jnp.ones(4)), {"segments": True, "causal": True, "dropout": 0.1}),
         (None, {"window": 30, "positions": True}),
     ],
 )
@@ -232,7 +234,10 @@ def test_every_argument_lowers(bias, given):
     static = {name: x for name, x in given.items() if name not in marks}
 
     def total(q, k, bias, marks):
-        out = attention(q, k, k, bias=bias, implementation="pallas_gpu", **marks, **static)
+        if "dropout" in static:
+            marks["dropout"] = (static["dropout"], jax.random.key(0))
+        options = {name: x for name, x in static.items() if name != "dropout"}
+        out = attention(q, k, k, bias=bias, implementation="pallas_gpu", **marks, **options)
         return out.sum()
 
     traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(shape, shape, bias, marks)
@@ -290,7 +295,6 @@ def test_compiles_for_gpus(model, length):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dropout": (0.1, 0)}, "dropout"),
         ({"bias": jnp.zeros((2, 4, 4))}, "bias .an array"),
     ],
 )

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.attention import ALiBi, alibi_slopes, attention, blocks, tpu
+from kernels.attention import ALiBi, Consecutive, alibi_slopes, attention, blocks, tpu
+from kernels.attention.dropout import drawn
 from kernels.attention.rule import allowed
 from kernels.platform import compiling_for
 
@@ -163,9 +164,9 @@ def test_t5_bias_in_chunks_of_a_block():
 def test_t5_bias_both_ways_between_segments():
     segments = rows_of(np.random.default_rng(0), 2, 300)
     bias = relative(2, bidirectional=True, max_distance=40)
-    compare(
-        (2, 300, 2, 16), {"segments": jnp.asarray(segments)}, bias, softcap=3.0, dtype="bfloat16"
-    )
+    marks = {"segments": jnp.asarray(segments)}
+    marks["dropout"] = drawn(0.3, jax.random.key(0), 2, 2, 300, 300)
+    compare((2, 300, 2, 16), marks, bias, softcap=3.0, dtype="bfloat16")
 
 
 def test_alibi_and_other_lengths_of_keys():
@@ -173,8 +174,9 @@ def test_alibi_and_other_lengths_of_keys():
     compare((1, 140, 2, 16), bias=bias, keys=400, wide=32)
 
 
-def test_window_and_keys_that_run_out():
-    compare((1, 390, 1, 16), keys=200, causal=True, window=100)
+def test_window_and_keys_that_run_out_and_dropout():
+    marks = {"dropout": drawn(0.5, jax.random.key(0), 1, 2, 390, 200)}
+    compare((1, 390, 2, 16), marks, keys=200, groups=1, causal=True, window=100)
 
 
 def test_positions_say_where_rows_stand():
@@ -187,6 +189,14 @@ def test_positions_say_where_rows_stand():
     segments = [jnp.asarray(rng.integers(0, 2, (2, n))) for n in (150, 260)]
     marks |= dict(zip(("segments", "kv_segments"), segments, strict=True))
     compare((2, 150, 2, 16), marks, keys=260, groups=1, causal=True, window=60)
+
+
+def test_bias_between_consecutive_positions():
+    """Of which the first is known when the program runs, as where the length is cut."""
+    place = jnp.int32(256)
+    marks = {"positions": Consecutive(place, 128), "kv_positions": Consecutive(place - 128, 128)}
+    bias = relative(2, bidirectional=True, max_distance=200)
+    compare((1, 130, 2, 16), marks, bias, keys=300, groups=1)
 
 
 def test_positions_skip_what_comes_after():
@@ -281,7 +291,6 @@ def test_compiles_for_tpus(target, model, length, monkeypatch):
     ("change", "message"),
     [
         ({"positions": jnp.arange(4), "bias": ALiBi(jnp.ones(2))}, "positions"),
-        ({"dropout": (0.1, 0)}, "dropout"),
         ({"bias": jnp.zeros((2, 4, 4))}, "bias"),
     ],
 )

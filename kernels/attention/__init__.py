@@ -2,10 +2,12 @@
 
 from kernels.attention.api import attention, shared_bias
 from kernels.attention.bias import ALiBi, RelativeBias, alibi_slopes, materialize
+from kernels.attention.rule import Consecutive
 from kernels.attention.sharded import Split, sharded_attention
 
 __all__ = [
     "ALiBi",
+    "Consecutive",
     "RelativeBias",
     "Split",
     "alibi_slopes",

@@ -9,7 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from kernels.attention import cudnn, gpu, reference, tpu, tuning, xla
+from kernels.attention import dropout as dropouts
 from kernels.attention.bias import ALiBi, RelativeBias, materialize
+from kernels.attention.dropout import Dropout
+from kernels.attention.rule import Positions
 from kernels.platform import device, on_one_device, platform
 
 IMPLEMENTATIONS = {
@@ -34,13 +37,13 @@ def attention(
     prefix: jax.Array | None = None,
     segments: jax.Array | None = None,
     kv_segments: jax.Array | None = None,
-    positions: jax.Array | None = None,
-    kv_positions: jax.Array | None = None,
+    positions: Positions = None,
+    kv_positions: Positions = None,
     window: int | None = None,
     bias: RelativeBias | ALiBi | jax.Array | None = None,
     softcap: float | None = None,
     scale: float | None = None,
-    dropout: tuple[float, jax.Array] | None = None,
+    dropout: tuple[float, jax.Array] | Dropout | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Softmax attention in which query t sees key s when
@@ -61,12 +64,13 @@ def attention(
       segments: int [B, T]; 0 is padding. None: one segment, no padding.
       kv_segments: int [B, S]; None: those of the queries, which needs T == S.
       positions, kv_positions: int [T] or [B, T] and [S] or [B, S], row indices for order,
-        window and bias; default 0, 1, ...
+        window and bias, or ``Consecutive(first)``; default 0, 1, ...
       window: keys at this distance or further are not seen.
       bias: added to the scores: by distance, or an array broadcastable to [B, N, T, S].
       softcap: bounds the scores (before the bias) by its magnitude.
       scale: of the scores; default H^-0.5.
-      dropout: (rate, key) of dropout on the probabilities.
+      dropout: (rate, key) of dropout on the probabilities, the same ones by every implementation,
+        or what ``dropout.drawn`` makes of that.
       implementation: "xla", "reference", "pallas_tpu" and "pallas_gpu" (on one device, or by
         ``sharded_attention``), "pallas_tpu_interpret" and "pallas_gpu_interpret" (the same
         without the device, to test), "cudnn", or None for the fastest that serves the arguments.
@@ -97,8 +101,12 @@ def attention(
         "dropout": dropout,
     }
     q, k, v = q_BTNH, k_BSKH, v_BSKH
+    if isinstance(dropout, tuple):
+        arguments["dropout"] = dropouts.drawn(
+            *dropout, q.shape[0], q.shape[2], q.shape[1], k.shape[1]
+        )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    implementation = implementation or _fastest(q, k, v, arguments)
+    implementation = implementation or fastest(q, k, v, arguments)
     return IMPLEMENTATIONS[implementation](q, k, v, scale=scale, **arguments)
 
 
@@ -123,7 +131,7 @@ def shared_bias(
     return materialize(bias, queries, keys)[None]
 
 
-def _fastest(q, k, v, arguments) -> str:
+def fastest(q, k, v, arguments) -> str:
     """The implementation for the default backend and these arguments."""
     backend, best = platform(), _kernel()
     if backend == "gpu" and _capability() >= (8, 0) and not cudnn.unserved(q, k, v, **arguments):

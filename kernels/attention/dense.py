@@ -14,6 +14,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from kernels.attention.dropout import Dropout, kept_of
+
 _MASKED = -1e30  # finite, so that a row with nothing to attend has finite gradients
 _DOT = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
 _BATCH = ((0, 1), (0, 1))  # the leading axes [B, K] of both operands
@@ -25,16 +27,16 @@ class Options:
 
     scale: float
     softcap: float | None
-    rate: float | None  # of dropout
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend(options: Options, q, k, v, bias, mask, key):
-    """q [B, T, N, H], k and v [B, S, K, H], bias [B, K, G, T, S] or so, mask [B, T, S] or so."""
-    return forward(options, q, k, v, bias, mask, key)[0]
+def attend(options: Options, q, k, v, bias, mask, dropout):
+    """q [B, T, N, H], k and v [B, S, K, H], bias [B, K, G, T, S] or so, mask [B, T, S] or so,
+    dropout a ``Dropout`` or None."""
+    return forward(options, q, k, v, bias, mask, dropout)[0]
 
 
-def forward(options: Options, q, k, v, bias, mask, key):
+def forward(options: Options, q, k, v, bias, mask, dropout):
     """(result, what the gradients need), arguments as of ``attend``."""
     batch, queries, heads, _ = q.shape
     scores, _ = _scores(options, q, k, bias, mask)
@@ -42,14 +44,14 @@ def forward(options: Options, q, k, v, bias, mask, key):
     weights = jnp.exp(scores - peak[..., None])
     total = weights.sum(-1)
     seen = peak > _MASKED / 2
-    if options.rate is not None:
-        weights = _drop(weights, options.rate, key)
+    if dropout is not None:
+        weights = _drop(weights, dropout)
     out = _DOT(_rows(weights).astype(v.dtype), _heads(v), (((3,), (2,)), _BATCH))
     out = out.reshape(*total.shape, -1) * jnp.where(seen, 1 / total, 0)[..., None]
     out = out.astype(q.dtype).reshape(batch, heads, queries, -1).swapaxes(1, 2)
     # A row that sees nothing gets an infinite sum, and so probabilities of zero.
     log_total = jnp.where(seen, peak + jnp.log(total), jnp.inf)
-    return out, (q, k, v, bias, mask, key, out, log_total)
+    return out, (q, k, v, bias, mask, dropout, out, log_total)
 
 
 def _backward(options: Options, saved, g):
@@ -60,7 +62,7 @@ def _backward(options: Options, saved, g):
 
 def gradients(options: Options, saved, g):
     """Gradients of q, k, v and bias; those of k and v in float32."""
-    q, k, v, bias, mask, key, out, log_total = saved
+    q, k, v, bias, mask, dropout, out, log_total = saved
     q, k, v = (jnp.asarray(x) for x in (q, k, v))  # JAX 0.7 saves constants as literals
     queries, groups = q.shape[1], k.shape[2]
     scores, slope = _scores(options, q, k, bias, mask)
@@ -69,10 +71,9 @@ def gradients(options: Options, saved, g):
     delta = delta.swapaxes(1, 2).reshape(*log_total.shape, 1)
     g_rows = _queries(g, groups)
     dp = _DOT(g_rows, _heads(v), (((3,), (3,)), _BATCH)).reshape(p.shape)
-    if options.rate is None:
-        dropped = p
-    else:
-        dropped, dp = (_drop(x, options.rate, key) for x in (p, dp))
+    dropped = p
+    if dropout is not None:
+        dropped, dp = (_drop(x, dropout) for x in (p, dp))
     ds = p * (dp - delta)
     d_bias = None if bias is None else _sum_to(ds, bias)
     ds = _rows(ds if slope is None else ds * slope).astype(q.dtype)
@@ -121,11 +122,10 @@ def _rows(x):
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
-def _drop(x, rate: float, key):
-    """Dropout of [B, K, G, T, S], the same entries as ``reference`` drops."""
-    batch, groups, each, queries, keys = x.shape
-    keep = jax.random.bernoulli(key, 1 - rate, (batch, groups * each, queries, keys))
-    return jnp.where(keep.reshape(x.shape), x / (1 - rate), 0)
+def _drop(x, dropout: Dropout):
+    """Dropout of [B, K, G, T, S]."""
+    kept = kept_of(dropout).reshape(x.shape)
+    return jnp.where(kept, x / (1 - dropout.rate), 0)
 
 
 def _sum_to(x, like):

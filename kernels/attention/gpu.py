@@ -1,5 +1,4 @@
-"""Attention on NVIDIA GPUs by Pallas kernels, from Ampere on: layouts, padding, and the rule of
-differentiation.
+"""Attention on NVIDIA GPUs by Pallas kernels, from Ampere on: layouts and padding.
 
 The kernels are lowered by Triton, which serves Ampere, Ada and Hopper alike. A lowering for newer
 chips alone (Mosaic GPU) would be a second ``gpu_forward`` and ``gpu_backward``, with a ``Sizes`` of
@@ -9,19 +8,17 @@ its own, chosen where ``attention`` makes its plans.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kernels.attention import gpu_backward, gpu_forward
+from kernels.attention import gpu_backward, gpu_forward, kernel
 from kernels.attention import gpu_parts as parts
 from kernels.attention.bias import ALiBi, RelativeBias, by_distance
 from kernels.attention.blocks import Rule
 from kernels.attention.gpu_parts import LOG2E, MASKED, Plan, Size
 from kernels.attention.rule import row_indices
-from kernels.attention.second import derivative_of_gradients
 
 LEAST = 16  # rows and columns of a product of blocks
 
@@ -58,10 +55,9 @@ def sizes_of(width: int, dtype) -> Sizes:
     return Sizes(Size(64, 32, 8), Size(32, 32, 8), Size(32, 32, 8), Size(32, 32, 8))
 
 
-def unserved(q, k, v, *, bias, dropout, **_) -> str | None:
+def unserved(q, k, v, *, bias, **_) -> str | None:
     """The argument that these kernels cannot serve, or None; arguments as of ``attention``."""
     refused = {
-        "dropout": dropout is not None,
         "bias (an array)": bias is not None and not isinstance(bias, RelativeBias | ALiBi),
         "dtype": q.dtype not in (jnp.float32, jnp.bfloat16) or {k.dtype, v.dtype} != {q.dtype},
         "width of heads": max(q.shape[-1], v.shape[-1]) > 256,
@@ -69,76 +65,100 @@ def unserved(q, k, v, *, bias, dropout, **_) -> str | None:
     return next((name for name, is_refused in refused.items() if is_refused), None)
 
 
-def attention(
-    q,
-    k,
-    v,
-    *,
-    causal=False,
-    prefix=None,
-    segments=None,
-    kv_segments=None,
-    positions=None,
-    kv_positions=None,
-    window=None,
-    bias=None,
-    softcap=None,
-    scale,
-    dropout=None,
-    sizes: Sizes | None = None,
-    interpret: bool = False,
-) -> jax.Array:
+def attention(q, k, v, *, bias=None, **arguments) -> jax.Array:
     """As ``kernels.attention.attention``, with ``scale`` given. ``sizes``: None for ``sizes_of``;
     ``interpret``: to run where there is no GPU.
 
     Raises NotImplementedError for what ``unserved`` names.
     """
-    refused = unserved(q, k, v, bias=bias, dropout=dropout)
+    results: Any = kernel.attend(*prepared(q, k, v, bias=bias, **arguments))
+    return results[0]
+
+
+def prepared(
+    q, k, v, *, bias=None, sizes: Sizes | None = None, scale, softcap=None, causal=False,
+    window=None, dropout=None, interpret: bool = False, **marks,
+):  # fmt: skip
+    """(kernel, q, k, v, bias, marks): what ``kernel.attend`` takes. Arguments as of
+    ``attention``."""
+    refused = unserved(q, k, v, bias=bias)
     if refused is not None:
         raise NotImplementedError(f"implementation='pallas_gpu' does not serve this {refused}")
-    queries, keys = q.shape[1], k.shape[1]
-    placed = positions is not None or kv_positions is not None
-    placed = placed and (causal or window is not None or bias is not None)
-    plans = plans_for(
-        queries,
-        keys,
-        max(q.shape[-1], v.shape[-1]),
-        q.dtype,
-        bias,
-        sizes,
-        {
-            "causal": causal,
-            "window": window,
-            "segments": segments is not None,
-            "prefix": prefix is not None,
-            "positions": placed,
-        },
-        scale=float(scale),
-        softcap=softcap,
-        interpret=interpret,
-    )
-    marks = {"segments": segments, "kv_segments": kv_segments, "prefix": prefix}
-    if placed:
-        marks["positions"] = _positions(positions, queries)
-        marks["kv_positions"] = _positions(kv_positions, keys)
-    results: Any = _attend(plans, q, k, v, bias, marks)
-    return results[0]
+    marks = {name: marks.get(name) for name in kernel.MARKS} | {"dropout": dropout}
+    placed = marks["positions"] is not None or marks["kv_positions"] is not None
+    rule = {
+        "causal": causal,
+        "window": window,
+        "segments": marks["segments"] is not None,
+        "prefix": marks["prefix"] is not None,
+        "positions": placed and (causal or window is not None or bias is not None),
+    }
+    options = {"scale": float(scale), "softcap": softcap, "interpret": interpret}
+    options["rate"] = None if dropout is None else dropout.rate
+    width = max(q.shape[-1], v.shape[-1])
+    plans = plans_for(q.shape[1], k.shape[1], width, q.dtype, bias, sizes, rule, **options)
+    return plans, q, k, v, bias, marks
 
 
 @dataclasses.dataclass(frozen=True)
 class Plans:
     """Of the four kernels."""
 
-    forward: Plan
-    keys: Plan
-    queries: Plan
-    bias: Plan
+    of_forward: Plan
+    of_keys: Plan
+    of_queries: Plan
+    of_bias: Plan
 
     @property
     def padded(self) -> tuple[int, int]:
         """Lengths of queries and keys that are whole blocks of every kernel."""
         rules = [getattr(self, field.name).rule for field in dataclasses.fields(self)]
         return max(r.padded_queries for r in rules), max(r.padded_keys for r in rules)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return kernel.options(self.of_forward)
+
+    def forward(self, q, k, v, bias, marks):
+        """See ``kernel.Kernel``."""
+        plan, queries = self.of_forward, self.of_forward.rule.queries
+        arrays, rows, marks = _padded(self, q, k, v, marks)
+        table = parts.tables(plan, _cut(plan, marks))
+        out, lse = gpu_forward.forward(plan, arrays, rows, _strips(self, bias), table)
+        return out[:, :queries, :, : v.shape[-1]], lse[..., :queries]
+
+    def gradients(self, q, k, v, bias, marks, out, lse, g):
+        """See ``kernel.Kernel``."""
+        arrays, rows, marks = _padded(self, q, k, v, marks)
+        queries, keys = self.of_forward.rule.queries, self.of_forward.rule.keys
+        length = self.padded[0]
+        delta = (out.astype(jnp.float32) * g.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
+        arrays["do"] = _pad(g, {1: length, 3: power_of_two(g.shape[-1])})
+        # Queries of padding have probabilities of zero.
+        arrays["lse"] = _pad(lse, {2: length}, -MASKED)
+        arrays["delta"] = _pad(delta, {2: length})
+        strips, pull = jax.vjp(lambda bias: _strips(self, bias), bias)
+        plan = self.of_keys
+        table = parts.tables(plan, _cut(plan, marks), by_key=True)
+        dk, dv = gpu_backward.of_keys(plan, arrays, rows, strips, table)
+        plan = self.of_queries
+        table = parts.tables(plan, _cut(plan, marks))
+        given = strips | _buckets(plan, bias)
+        dq, sums = gpu_backward.of_queries(plan, arrays, rows, given, table)
+        sums: Any = None if sums is None else sums[:, :, :queries]
+        d_strips, plan = dict.fromkeys(strips), self.of_bias
+        if plan.buckets:
+            d_strips["strip"] = jnp.zeros_like(strips["strip"])
+        elif plan.reach:
+            d_strips["strip"] = gpu_backward.of_strip(plan, arrays, rows, strips, sums) / LOG2E
+        if plan.sloped:
+            d_strips["slopes"] = sums.sum((0, 2)) / LOG2E
+        (d_bias,) = pull(d_strips)
+        if plan.buckets:
+            d_table = sums.sum((0, 2))[:, : plan.buckets]
+            d_bias = dataclasses.replace(d_bias, table=d_table.astype(bias.table.dtype))
+        dq = dq[:, :queries, :, : q.shape[-1]]
+        return dq, dk[:, :keys, :, : k.shape[-1]], dv[:, :keys, :, : v.shape[-1]], d_bias
 
 
 def plans_for(
@@ -169,96 +189,6 @@ def power_of_two(n: int) -> int:
     return max(LEAST, 1 << (n - 1).bit_length())
 
 
-def _positions(positions, length: int):
-    """int32 [1 or B, length]."""
-    return row_indices(positions, length).astype(jnp.int32)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plans: Plans, q, k, v, bias, marks):
-    """The result and the scores' log2 sums [B, N, T]; the derivative is that of the result.
-
-    Arguments as of ``attention``; marks: the arrays of the rule by name.
-    """
-    arrays, rows, marks = _padded(plans, q, k, v, marks)
-    table = parts.tables(plans.forward, _cut(plans.forward, marks))
-    out, lse = gpu_forward.forward(
-        plans.forward, arrays["q"], arrays["k"], arrays["v"], rows, _strips(plans, bias), table
-    )
-    queries = plans.forward.rule.queries
-    return out[:, :queries, :, : v.shape[-1]], lse[..., :queries]
-
-
-def _forward(plans: Plans, q, k, v, bias, marks):
-    # By way of the function with its rule, so that this can be differentiated again.
-    results: Any = _attend(plans, q, k, v, bias, marks)
-    return results, (q, k, v, bias, marks, *results)
-
-
-def _backward(plans: Plans, saved, cotangents):
-    gradients: Any = _gradients(plans, *saved, cotangents[0])
-    return *gradients, None
-
-
-_attend.defvjp(_forward, _backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gradients(plans: Plans, q, k, v, bias, marks, out, lse, g):
-    """Gradients of q, k, v and bias."""
-    arrays, rows, marks = _padded(plans, q, k, v, marks)
-    queries, keys = plans.forward.rule.queries, plans.forward.rule.keys
-    length = plans.padded[0]
-    delta = (out.astype(jnp.float32) * g.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
-    arrays["do"] = _pad(g, {1: length, 3: power_of_two(g.shape[-1])})
-    # Queries of padding have probabilities of zero.
-    arrays["lse"] = _pad(lse, {2: length}, -MASKED)
-    arrays["delta"] = _pad(delta, {2: length})
-    strips, pull = jax.vjp(lambda bias: _strips(plans, bias), bias)
-    found: dict[str, Any] = {}
-    for name, by_key, kernel in (
-        ("keys", True, gpu_backward.of_keys),
-        ("queries", False, gpu_backward.of_queries),
-    ):
-        plan = getattr(plans, name)
-        table = parts.tables(plan, _cut(plan, marks), by_key)
-        given = strips | _buckets(plan, bias) if name == "queries" else strips
-        found[name] = kernel(plan, arrays, rows, given, table)
-    (dk, dv), (dq, sums) = found["keys"], found["queries"]
-    sums: Any = None if sums is None else sums[:, :, :queries]
-    d_strips = dict.fromkeys(strips)
-    if plans.bias.buckets:
-        d_strips["strip"] = jnp.zeros_like(strips["strip"])
-    elif plans.bias.reach:
-        d_strips["strip"] = gpu_backward.of_strip(plans.bias, arrays, rows, strips, sums) / LOG2E
-    if plans.bias.sloped:
-        d_strips["slopes"] = sums.sum((0, 2)) / LOG2E
-    (d_bias,) = pull(d_strips)
-    if plans.bias.buckets:
-        d_table = sums.sum((0, 2))[:, : plans.bias.buckets]
-        d_bias = dataclasses.replace(d_bias, table=d_table.astype(bias.table.dtype))
-    dq = dq[:, :queries, :, : q.shape[-1]]
-    return dq, dk[:, :keys, :, : k.shape[-1]], dv[:, :keys, :, : v.shape[-1]], d_bias
-
-
-def _gradients_forward(plans: Plans, q, k, v, bias, marks, out, lse, g):
-    return _gradients(plans, q, k, v, bias, marks, out, lse, g), (q, k, v, bias, marks, g)
-
-
-def _gradients_backward(plans: Plans, saved, cotangents):
-    """By XLA. The result and its sums are functions of the rest: all of the derivative goes to
-    that."""
-    *arguments, marks, g = saved
-    plan = plans.forward
-    options = {"softcap": plan.softcap, "scale": plan.scale, **marks}
-    options |= {"causal": plan.rule.causal, "window": plan.rule.window}
-    *firsts, d_g = derivative_of_gradients(options, arguments, g, cotangents)
-    return *firsts, None, None, None, d_g
-
-
-_gradients.defvjp(_gradients_forward, _gradients_backward)
-
-
 def _pad(x, lengths: dict[int, int], value: float = 0) -> Any:
     """``x`` filled up to these lengths of its axes."""
     widths = [(0, lengths.get(axis, n) - n) for axis, n in enumerate(x.shape)]
@@ -271,11 +201,21 @@ def _padded(plans: Plans, q, k, v, marks):
     """(arrays, rows, marks) as the kernels take them: of whole blocks and widths, with the rows'
     arrays int32, [B, length] for the kernels and as given for the tables."""
     lengths = dict(zip("qk", plans.padded, strict=True))
-    arrays = {
+    arrays: dict[str, Any] = {
         name: _pad(x, {1: lengths["q" if name == "q" else "k"], 3: power_of_two(x.shape[-1])})
         for name, x in (("q", q), ("k", k), ("v", v))
     }
-    marks = {name: x.astype(jnp.int32) for name, x in marks.items() if x is not None}
+    dropped = marks["dropout"]
+    given = () if dropped is None else (("q", dropped.rows), ("k", dropped.columns))
+    arrays |= {"q_drop": None, "k_drop": None}
+    arrays |= {f"{name}_drop": _pad(x, {2: lengths[name]}) for name, x in given}
+    marks = {name: marks[name] for name in kernel.MARKS if marks[name] is not None}
+    if plans.of_forward.rule.positions:
+        for name, length in (("positions", q.shape[1]), ("kv_positions", k.shape[1])):
+            marks[name] = row_indices(marks.get(name), length)
+    else:
+        marks = {name: x for name, x in marks.items() if not name.endswith("positions")}
+    marks = {name: x.astype(jnp.int32) for name, x in marks.items()}
     for name, x in marks.items():
         length = lengths["q" if name in ("segments", "positions") else "k"]
         if name.endswith("positions"):  # of padding: one that occurs
@@ -311,7 +251,7 @@ def _strips(plans: Plans, bias) -> dict:
     """{"strip": [N, span], "slopes": [N, 1]} of a bias, float32 in units of log2, or None each."""
     strip = slopes = None
     if isinstance(bias, RelativeBias):
-        reach = plans.bias.reach
+        reach = plans.of_bias.reach
         strip = by_distance(bias, jnp.arange(-reach, reach + 1)) * LOG2E
     elif isinstance(bias, ALiBi):
         slopes = bias.slopes.astype(jnp.float32)[:, None] * LOG2E

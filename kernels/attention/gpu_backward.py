@@ -39,8 +39,10 @@ def keys_kernel(plan: Plan, ref) -> None:
             s = parts.dot(k, q, plan, NT)
             s, slope, _ = parts.score(plan, ref, s, queries, keys, near, masked, g)
             weights = jnp.exp2(s - ref["lse"][g, rows][None, :])
-            dv = dv + parts.dot(weights.astype(do.dtype), do, plan)
-            dp = parts.dot(v, do, plan, NT)
+            drops = (lambda: ref["q_drop"][g, rows][None], lambda: ref["k_drop"][g, :][:, None])
+            left = parts.drop(plan, weights, *drops)
+            dv = dv + parts.dot(left.astype(do.dtype), do, plan)
+            dp = parts.drop(plan, parts.dot(v, do, plan, NT), *drops)
             ds = weights * (dp - ref["delta"][g, rows][None, :])
             ds = ds if slope is None else ds * slope
             return dk + parts.dot(ds.astype(q.dtype), q, plan), dv
@@ -67,7 +69,8 @@ def queries_kernel(plan: Plan, ref) -> None:
         keys = parts.side(plan, ref, "k", j * size.keys, 1)
         s = parts.dot(q, k, plan, NT)
         s, slope, ahead = parts.score(plan, ref, s, queries, keys, near, masked)
-        dp = parts.dot(do, v, plan, NT)
+        drops = (lambda: ref["q_drop"][...][:, None], lambda: ref["k_drop"][rows][None])
+        dp = parts.drop(plan, parts.dot(do, v, plan, NT), *drops)
         ds = jnp.exp2(s - lse[:, None]) * (dp - delta[:, None])
         if plan.sloped:
             new = [-jnp.sum(ds * jnp.abs(ahead).astype(jnp.float32), axis=1)]
@@ -119,7 +122,11 @@ def bias_kernel(plan: Plan, diagonals: tuple[int, int], ref) -> None:
         keys = parts.side(plan, ref, "k", j * size.keys, 1, (b,))
         s = parts.dot(q, k, plan, NT)
         s, _, _ = parts.score(plan, ref, s, queries, keys, True, len(rule.kinds) > 1)
-        dp = parts.dot(do, v, plan, NT)
+        drops = (
+            lambda: ref["q_drop"][b, q_rows][:, None],
+            lambda: ref["k_drop"][b, k_rows][None],
+        )
+        dp = parts.drop(plan, parts.dot(do, v, plan, NT), *drops)
         weights = jnp.exp2(s - ref["lse"][b, q_rows][:, None])
         ds = weights * (dp - ref["delta"][b, q_rows][:, None])
         return total + jnp.where(inside, ds, 0.0)
@@ -132,8 +139,8 @@ def bias_kernel(plan: Plan, diagonals: tuple[int, int], ref) -> None:
 
 
 def of_keys(plan: Plan, arrays: dict, rows: dict, bias: dict, tables):
-    """(dk, dv). arrays: q, do [B, T, N, .], k, v [B, S, K, .], lse and delta [B, N, T]; the rest as
-    of ``gpu_forward.forward``."""
+    """(dk, dv). arrays: q, do [B, T, N, .], k, v [B, S, K, .], lse, delta and q_drop [B, N, T],
+    k_drop [B, N, S], the last two or None; the rest as of ``gpu_forward.forward``."""
     q, k, v, do = (arrays[name] for name in ("q", "k", "v", "do"))
     (batch, length, heads, _), groups = q.shape, k.shape[2]
     each = heads // groups
@@ -147,8 +154,9 @@ def of_keys(plan: Plan, arrays: dict, rows: dict, bias: dict, tables):
         "v": (v, (None, plan.size.keys, None, v.shape[-1]), block),
         **{
             name: (arrays[name], (None, each, length), lambda j, n, b: (b, n, 0))
-            for name in ("lse", "delta")
+            for name in ("lse", "delta", "q_drop")
         },
+        "k_drop": (arrays["k_drop"], (None, each, plan.size.keys), lambda j, n, b: (b, n, j)),
         **parts.row_specs(rows),
         **parts.bias_specs(bias, groups),
     }
@@ -182,8 +190,9 @@ def of_queries(plan: Plan, arrays: dict, rows: dict, bias: dict, tables):
         },
         **{
             name: (arrays[name], (None, None, bq), lambda i, n, b: (b, n, i))
-            for name in ("lse", "delta")
+            for name in ("lse", "delta", "q_drop")
         },
+        "k_drop": (arrays["k_drop"], (None, None, k.shape[1]), lambda i, n, b: (b, n, 0)),
         **parts.row_specs(rows),
         **parts.bias_specs(bias, heads),
     }
@@ -220,7 +229,10 @@ def of_strip(plan: Plan, arrays: dict, rows: dict, bias: dict, sums):
         },
         **{
             name: (x, (x.shape[0], None, x.shape[2]), lambda t, n, p: (0, n, 0))
-            for name, x in ((name, arrays[name]) for name in ("lse", "delta"))
+            for name, x in (
+                (name, arrays[name]) for name in ("lse", "delta", "q_drop", "k_drop")
+            )
+            if x is not None
         },
         **{
             name: (x, x.shape, lambda t, n, p: (0, 0)) if x is not None else (None,)

@@ -83,7 +83,7 @@ def costs(case: Case) -> list[Cost]:
         flops = 2.0 * products * pairs * width
         return Cost(name, blocks, flops, pairs, arrays, blocks * loads * width * size)
 
-    f, q, k = plans.forward, plans.queries, plans.keys
+    f, q, k = plans.of_forward, plans.of_queries, plans.of_keys
     found = [
         cost("forward", f, _visited(f, case), 2, 2 * queries + 2 * keys + numbers, 2 * f.size.keys)
     ]
@@ -95,7 +95,7 @@ def costs(case: Case) -> list[Cost]:
         cost("queries", q, _visited(q, case), 3, arrays + queries, 2 * q.size.keys),
     ]
     if isinstance(bias, RelativeBias):
-        b = plans.bias
+        b = plans.of_bias
         _, tiles = gpu_backward.diagonals(b)
         blocks = tiles * b.rule.query_blocks * case.batch * case.heads
         found.append(cost("bias", b, blocks, 2, arrays, 4 * b.size.queries))

@@ -31,6 +31,8 @@ def kernel(plan: Plan, ref) -> None:
         weights = jnp.exp2(s - after[:, None])
         kept = jnp.exp2(m - after)
         l = l * kept + jnp.sum(weights, axis=1)
+        drops = (lambda: ref["q_drop"][...][:, None], lambda: ref["k_drop"][rows][None])
+        weights = parts.drop(plan, weights, *drops)
         acc = acc * kept[:, None] + parts.dot(weights.astype(v.dtype), v, plan)
         return after, l, acc
 
@@ -51,13 +53,14 @@ def _place(plan: Plan, i):
     return plan.rule.query_blocks - 1 - i
 
 
-def forward(plan: Plan, q, k, v, rows: dict, bias: dict, tables):
-    """q [B, T, N, H], k [B, S, K, H], v [B, S, K, H_v], of whole blocks and widths of powers of
-    two; rows [B, T] or [B, S]: q_ids, k_ids, k_prefix, q_at, k_at, or None; bias: strip [N, span]
-    or slopes [N, 1], or None.
+def forward(plan: Plan, arrays: dict, rows: dict, bias: dict, tables):
+    """arrays: q [B, T, N, H], k [B, S, K, H], v [B, S, K, H_v], of whole blocks and widths of
+    powers of two, q_drop [B, N, T] and k_drop [B, N, S] of dropout, or None; rows [B, T] or [B, S]:
+    q_ids, k_ids, k_prefix, q_at, k_at, or None; bias: strip [N, span] or slopes [N, 1], or None.
 
     Returns the result [B, T, N, H_v] and the scores' log2 sums [B, N, T].
     """
+    q, k, v = (arrays[name] for name in ("q", "k", "v"))
     (batch, length, heads, width), (_, keys, groups, wide) = q.shape, v.shape
     bq, blocks, each = plan.size.queries, plan.rule.query_blocks, heads // groups
     place = functools.partial(_place, plan)
@@ -70,6 +73,8 @@ def forward(plan: Plan, q, k, v, rows: dict, bias: dict, tables):
         "v": (v, (None, keys, None, wide), by_group),
         **parts.row_specs(rows),
         **parts.bias_specs(bias, heads),
+        "q_drop": (arrays["q_drop"], (None, None, bq), lambda i, n, b: (b, n, place(i))),
+        "k_drop": (arrays["k_drop"], (None, None, keys), lambda i, n, b: (b, n, 0)),
     }
     lse = (batch, heads, length)
     outputs = {

@@ -22,6 +22,7 @@ from jax.experimental.pallas import triton
 
 from kernels.attention import blocks
 from kernels.attention.blocks import EMPTY, FULL, Rule
+from kernels.attention.dropout import kept
 
 LOG2E = math.log2(math.e)
 MASKED = -1e30  # of a score: finite, so that differences are
@@ -51,6 +52,7 @@ class Plan:
     reach: int = 0  # T5's bias: distances from here on are alike; 0: no such bias
     buckets: int = 0  # of it, where its gradient is summed by them: with positions
     sloped: bool = False  # ALiBi's bias
+    rate: float | None = None  # of dropout
     interpret: bool = False
 
     @property
@@ -197,6 +199,13 @@ def _seen(rule: Rule, q: dict, k: dict, ahead):
     for clause in clauses[1:]:
         mask = mask & clause
     return mask
+
+
+def drop(plan: Plan, x, rows, columns):
+    """``x``, of a block of scores, after dropout; ``rows`` and ``columns`` of their axes."""
+    if plan.rate is None:
+        return x
+    return jnp.where(kept(plan.rate, rows(), columns()), x / (1 - plan.rate), 0.0)
 
 
 def beyond(plan: Plan, ds, q: dict, k: dict, ahead, near: bool):

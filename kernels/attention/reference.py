@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.attention.bias import ALiBi, RelativeBias, by_distance
+from kernels.attention.dropout import kept_of
 from kernels.attention.rule import allowed, row_indices
 
 
@@ -34,8 +35,7 @@ def attention(q, k, v, *, bias=None, softcap=None, scale, dropout=None, **rule) 
     total = weights.sum(-1, keepdims=True)
     probabilities = weights / jnp.where(total == 0, 1, total)
     if dropout is not None:
-        rate, key = dropout
-        keep = jax.random.bernoulli(key, 1 - rate, probabilities.shape)
-        probabilities = jnp.where(keep, probabilities / (1 - rate), 0)
+        kept = kept_of(dropout)
+        probabilities = jnp.where(kept, probabilities / (1 - dropout.rate), 0)
     out = jnp.einsum("BNTS,BSNH->BTNH", probabilities, v.astype(dtype), precision="highest")
     return out.astype(q.dtype)

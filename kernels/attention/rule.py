@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 
 Array = jax.Array
 
 
-def row_indices(positions: Array | None, length: int) -> Array:
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["first"], meta_fields=["multiple"]
+)
+@dataclasses.dataclass(frozen=True)
+class Consecutive:
+    """Positions first, first + 1, ... of every row. ``multiple``: of which ``first`` is one, for
+    sure; the TPU kernels' bias takes multiples of 128."""
+
+    first: Array | int
+    multiple: int = 1
+
+
+Positions = Array | Consecutive | None
+
+
+def first_of(positions: Consecutive | None) -> Array | int:
+    return 0 if positions is None else positions.first
+
+
+def row_indices(positions: Positions, length: int) -> Array:
     """Row indices as int32 [B or 1, length]; None is 0, 1, ..."""
-    if positions is None:
-        return jnp.arange(length, dtype=jnp.int32)[None]
+    if positions is None or isinstance(positions, Consecutive):
+        return (first_of(positions) + jnp.arange(length, dtype=jnp.int32))[None]
     return positions[None] if positions.ndim == 1 else positions
 
 
@@ -23,8 +45,8 @@ def allowed(
     prefix: Array | None = None,
     segments: Array | None = None,
     kv_segments: Array | None = None,
-    positions: Array | None = None,
-    kv_positions: Array | None = None,
+    positions: Positions = None,
+    kv_positions: Positions = None,
     window: int | None = None,
 ) -> Array | None:
     """Whether query t sees key s, bool [B or 1, T, S]; None where every query sees every key.

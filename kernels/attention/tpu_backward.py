@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels.attention import dropout
 from kernels.attention import tpu_parts as parts
 from kernels.attention.blocks import DIAGONAL, word_at
 from kernels.attention.tpu_parts import LANES, LOG2E, MASKED, NT, Plan
@@ -55,6 +56,8 @@ def kernel(plan: Plan, names, *refs):
             ref["marks"][...] = parts.across(ref["prefix"][0])
         if rule.positions:
             ref["places"][...] = parts.across(ref["k_places"][0])
+        if plan.rate is not None:
+            ref["drops"][...] = parts.across(ref["k_drop"][0, 0, 0, 0])
         ref["k_t"][...] = ref["k"][0, 0].T
         chunks = parts.in_chunks(rule.block_q, plan.backward_chunk)
         for chunk in chunks:
@@ -95,7 +98,9 @@ def _fill(ref, at, value) -> None:
 
 def _write(plan: Plan, ref, at) -> None:
     ref["dk"][0, 0, at] = (ref["dk_sum"][at] * plan.scale).astype(ref["dk"].dtype)
-    ref["dv"][0, 0, at] = ref["dv_sum"][at].astype(ref["dv"].dtype)
+    dv = ref["dv_sum"][at]
+    dv = dv if plan.rate is None else dv / (1 - plan.rate)
+    ref["dv"][0, 0, at] = dv.astype(ref["dv"].dtype)
 
 
 def _chunk(plan: Plan, ref, kind, place, begin: int, end: int) -> None:
@@ -116,18 +121,24 @@ def _chunk(plan: Plan, ref, kind, place, begin: int, end: int) -> None:
     diagonal = None
     if plan.reach:
         # The tiles were laid for distances query less key: see ``backward``.
-        diagonal = (i * rule.block_q + rule.offset + begin - j * rule.block_k) >> 7
+        diagonal = (i * rule.block_q + parts.offset(plan, ref) + begin - j * rule.block_k) >> 7
         far = ref["far"][0, 0, 0, 0] * LOG2E if plan.sloped else None
         s = s + parts.block_bias(plan, ref["tiles"].at[g], far, s.shape, diagonal)
     s = _masked(plan, kind, ref, s, begin, (i, j))
     weights = jnp.exp2(s - ref["lse"][0, 0, 0, 0][:, begin:end])
+    left = weights
+    if plan.rate is not None:
+        drops = parts.tile_lanes(ref["drops"][:keys], end - begin)
+        keep = dropout.kept(plan.rate, ref["q_drop"][0, 0, 0, 0][:, begin:end], drops)
+        left = jnp.where(keep, weights, 0.0)
+        dp = jnp.where(keep, dp / (1 - plan.rate), 0.0)
     ds = weights * (dp - ref["delta"][:, begin:end])
     if plan.reach:
         _sum_tiles(plan, ref, g, ds, diagonal)
     if bounded is not None:
         ds = ds * (1 - bounded * bounded)
     at = pl.ds(j * rule.block_k, keys)
-    ref["dv_sum"][at] += parts.dot(weights.astype(do.dtype), do)
+    ref["dv_sum"][at] += parts.dot(left.astype(do.dtype), do)
     ds = ds.astype(q.dtype)
     ref["dk_sum"][at] += parts.dot(ds, q)
     ref["dq_t"][:, begin:end] += parts.dot(ref["k_t"][:, :keys], ds)
@@ -181,7 +192,8 @@ def _masked(plan: Plan, kind, ref, s, begin, pair):
 def backward(plan: Plan, table, inputs, strip, far, results):
     """Gradients of q, k, v, strip and far; arguments as of ``tpu_forward.forward``, and
     ``results``: what that returned, with the gradient of the first in between."""
-    (q, k, v, q_ids, k_ids, prefix, q_places, k_places), (o, do, lse) = inputs, results
+    q, k, v, q_ids, k_ids, prefix, q_places, k_places, shift, q_drop, k_drop = inputs
+    o, do, lse = results
     (batch, groups, each, _, width), wide = q.shape, v.shape[-1]
     rule = plan.rule
     bq, bk, keys = rule.block_q, rule.block_k, rule.padded_keys
@@ -201,6 +213,7 @@ def backward(plan: Plan, table, inputs, strip, far, results):
     keys_row = pl.BlockSpec((1, 1, bk), lambda k, b, g, p, t: (b, 0, j(t, b, p)))
     query_row = pl.BlockSpec((1, 1, bq), lambda k, b, g, p, t: (b, 0, i(t, b, p)))
     lse_block = pl.BlockSpec((1, 1, 1, 1, 1, bq), lambda k, b, g, p, t: (b, k, g, i(t, b, p), 0, 0))
+    drop = (1, 1, 1, 1, 1, bk)
     # Transposed scores have distances the other way round.
     flipped = None if strip is None else _flipped(strip)
     inputs = [
@@ -215,6 +228,9 @@ def backward(plan: Plan, table, inputs, strip, far, results):
         ("prefix", prefix, keys_row),
         ("q_places", q_places, query_row),
         ("k_places", k_places, keys_row),
+        ("shift", shift, pl.BlockSpec((1, 1), lambda *_: (0, 0), memory_space=pltpu.SMEM)),
+        ("q_drop", q_drop, lse_block),
+        ("k_drop", k_drop, pl.BlockSpec(drop, lambda k, b, g, p, t: (b, k, g, j(t, b, p), 0, 0))),
         ("strip", flipped, pl.BlockSpec((1, 1, plan.tiles + 1, LANES), head)),
         ("far", far, pl.BlockSpec((1, 1, 1, 1), head, memory_space=pltpu.SMEM)),
     ]
@@ -238,6 +254,8 @@ def backward(plan: Plan, table, inputs, strip, far, results):
         scratch["marks"] = pltpu.VMEM((bk, LANES), jnp.int32)
     if rule.positions:
         scratch["places"] = pltpu.VMEM((bk, LANES), jnp.int32)
+    if plan.rate is not None:
+        scratch["drops"] = pltpu.VMEM((bk, LANES), jnp.int32)
     if plan.reach:
         tiles = (each, plan.tiles, LANES, LANES)
         outputs["d_strip"] = (

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels.attention import dropout
 from kernels.attention import tpu_parts as parts
 from kernels.attention.blocks import DIAGONAL, EMPTY, word_at
 from kernels.attention.tpu_parts import LANES, LOG2E, MASKED, NT, Plan
@@ -25,6 +26,8 @@ def kernel(plan: Plan, names, *refs):
     b, g, p = (pl.program_id(axis) for axis in (1, 2, 3))
     word = word_at(ref["table"], b, p)
     i, j, kind = parts.fields(word)
+    offset = parts.offset(plan, ref)
+    undropped = 1.0 if plan.rate is None else 1 - plan.rate
 
     first = word & 1 == 1
 
@@ -46,6 +49,12 @@ def kernel(plan: Plan, names, *refs):
         def _():
             ref["places"][...] = parts.across(ref["q_places"][0])
 
+    if plan.rate is not None:
+
+        @pl.when(first)
+        def _():
+            ref["drops"][...] = parts.across(ref["q_drop"][0, 0, 0, 0])
+
     if plan.reach:
 
         @pl.when((b == 0) & (p == 0))
@@ -61,7 +70,7 @@ def kernel(plan: Plan, names, *refs):
         keys = s.shape[1]
         s = _bounded(plan, s)
         if plan.reach:
-            diagonal = (j * rule.block_k - i * rule.block_q - rule.offset - begin) >> 7
+            diagonal = (j * rule.block_k - i * rule.block_q - offset - begin) >> 7
             far = _far(plan, ref)
             s = s + parts.block_bias(plan, ref["tiles"].at[g], far, s.shape, diagonal)
         s = _masked(plan, kind, ref, s, begin, (i, j))
@@ -79,6 +88,10 @@ def kernel(plan: Plan, names, *refs):
         m[rows] = m_after
         l[rows] = l_before * kept + total
         v = ref["v"][0, 0, :keys]
+        if plan.rate is not None:
+            drops = parts.tile_lanes(ref["drops"][rows], keys)
+            keep = dropout.kept(plan.rate, drops, ref["k_drop"][0, 0, 0, 0][:, :keys])
+            weights = jnp.where(keep, weights, 0.0)
         new = parts.dot(weights.astype(v.dtype), v)
         acc[rows] = acc_before * _width(kept, new.shape[1]) + new
 
@@ -97,7 +110,7 @@ def kernel(plan: Plan, names, *refs):
     @pl.when(word & 2 == 2)
     def _():
         total = jnp.broadcast_to(jnp.sum(l[...], axis=1, keepdims=True), m.shape)
-        inverse, log = 1 / total, m[...] + jnp.log2(total)
+        inverse, log = 1 / (undropped * total), m[...] + jnp.log2(total)
         if rule.lonely:
             seen = m[...] > MASKED / 2
             # A query that sees nothing gets an infinite sum: probabilities of zero.
@@ -156,12 +169,13 @@ def _width(x, width: int):
 
 def forward(plan: Plan, table, inputs, strip, far):
     """``inputs``: q [B, K, G, T, H], k [B, K, S, H], v [B, K, S, H_v], of whole blocks, q_ids
-    [B, 1, T], k_ids and prefix [B, 1, S], q_places [B, 1, T] and k_places [B, 1, S] or None; strip
-    [K, G, tiles + 1, 128] and far [K, G, 1, 1] or None.
+    [B, 1, T], k_ids and prefix [B, 1, S], q_places [B, 1, T] and k_places [B, 1, S], shift [1, 1]
+    of the former's first from the latter's, q_drop and k_drop [B, K, G, blocks, 1, block], or None;
+    strip [K, G, tiles + 1, 128] and far [K, G, 1, 1] or None.
 
     Returns the result [B, K, G, T, H_v] and the scores' log2 sums [B, K, G, blocks, 1, block_q].
     """
-    q, k, v, q_ids, k_ids, prefix, q_places, k_places = inputs
+    q, k, v, q_ids, k_ids, prefix, q_places, k_places, shift, q_drop, k_drop = inputs
     (batch, groups, each, queries, width), wide = q.shape, v.shape[-1]
     rule = plan.rule
     bq, bk = rule.block_q, rule.block_k
@@ -178,6 +192,7 @@ def forward(plan: Plan, table, inputs, strip, far):
     query_row = pl.BlockSpec((1, 1, bq), lambda k, b, g, p, t: (b, 0, i(t, b, p)))
     head = lambda k, b, g, p, t: (k, g, 0, 0)  # noqa: E731
     f32 = jnp.float32
+    lse, drop = (1, 1, 1, 1, 1, bq), (1, 1, 1, 1, 1, bk)
     inputs = [
         ("q", q, pl.BlockSpec((1, 1, 1, bq, width), by_query)),
         ("k", k, pl.BlockSpec((1, 1, bk, width), by_key)),
@@ -187,6 +202,9 @@ def forward(plan: Plan, table, inputs, strip, far):
         ("prefix", prefix, keys_row),
         ("q_places", q_places, query_row),
         ("k_places", k_places, keys_row),
+        ("shift", shift, pl.BlockSpec((1, 1), lambda *_: (0, 0), memory_space=pltpu.SMEM)),
+        ("q_drop", q_drop, pl.BlockSpec(lse, lambda k, b, g, p, t: (b, k, g, i(t, b, p), 0, 0))),
+        ("k_drop", k_drop, pl.BlockSpec(drop, lambda k, b, g, p, t: (b, k, g, j(t, b, p), 0, 0))),
         ("strip", strip, pl.BlockSpec((1, 1, plan.tiles + 1, LANES), head)),
         ("far", far, pl.BlockSpec((1, 1, 1, 1), head, memory_space=pltpu.SMEM)),
     ]
@@ -200,10 +218,11 @@ def forward(plan: Plan, table, inputs, strip, far):
         scratch["ids"] = pltpu.VMEM((bq, LANES), jnp.int32)
     if rule.positions:
         scratch["places"] = pltpu.VMEM((bq, LANES), jnp.int32)
+    if plan.rate is not None:
+        scratch["drops"] = pltpu.VMEM((bq, LANES), jnp.int32)
     if plan.reach:
         scratch["tiles"] = pltpu.VMEM((each, plan.tiles, LANES, LANES), f32)
     names = ["table", *(x[0] for x in inputs), "o", "lse", *scratch]
-    lse = (1, 1, 1, 1, 1, bq)
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
         grid=(groups, batch, each, table.shape[1]),

@@ -34,6 +34,7 @@ class Plan:
     softcap: float | None = None
     reach: int = 0  # bias: tiles on each side of the diagonal's; 0: no bias
     sloped: bool = False  # bias: beyond the tiles it goes on linearly
+    rate: float | None = None  # of dropout
     chunk: int = 256  # queries at a time within a block
     backward_chunk: int = 256
     vmem_bytes: int = 100 << 20  # of which the kernel may take
@@ -168,6 +169,11 @@ def block_bias(plan: Plan, tiles_ref, far, shape, diagonal):
         values[d] = value + far * beyond.astype(jnp.float32) if plan.sloped else value
     stripes = [jnp.concatenate([values[b - a] for b in range(lanes)], 1) for a in range(rows)]
     return jnp.concatenate(stripes, 0)
+
+
+def offset(plan: Plan, ref):
+    """What the first query's place is ahead of the first key's."""
+    return ref["shift"][0, 0] if "shift" in ref else plan.rule.offset
 
 
 def kinds_of(rule: Rule, kind, body) -> None:
