@@ -1,6 +1,7 @@
 """What the tests against transformers share. They need the extra ``parity``; without it each of
 them is skipped, by name."""
 
+import dataclasses
 import importlib.util
 import json
 
@@ -11,11 +12,14 @@ import pytest
 
 from jaxpt.interop import hf
 from jaxpt.mesh import single
+from jaxpt.models import Model
+from jaxpt.models.stack import watched
 from jaxpt.state import flatten
 
 HAVE = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
 needs_transformers = pytest.mark.skipif(not HAVE, reason="needs pip install 'jaxpt[parity]'")
 LENGTHS = (7, 4)  # tokens of the two examples
+STACKS = ("encoder", "decoder")
 TOLERANCE = 1e-4  # of the largest difference, relative to the root mean square
 
 
@@ -60,6 +64,16 @@ def packed(rows: list[np.ndarray], name: str = "") -> dict[str, jax.Array]:
     return as_batch(found | {f"{start}positions": positions})
 
 
+def padded_batch(rows: list[np.ndarray], inputs: list[np.ndarray] | None, pad: int):
+    """Each example in a row of its own."""
+    tokens, mask = padded(rows, pad)
+    batch = as_batch({"tokens": tokens, "segments": mask})
+    if inputs is not None:
+        tokens, mask = padded(inputs, pad)
+        batch |= as_batch({"inputs": tokens, "input_segments": mask})
+    return batch
+
+
 def as_batch(arrays: dict) -> dict[str, jax.Array]:
     return {k: jnp.asarray(v, jnp.int32).reshape(-1, np.shape(v)[-1]) for k, v in arrays.items()}
 
@@ -76,8 +90,8 @@ def logits(model, params, batch) -> np.ndarray:
         return np.asarray(forward(params, batch))
 
 
-def theirs(model, rows: list[np.ndarray], inputs: list[np.ndarray] | None = None, pad: int = 0):
-    """Logits of transformers, padded: one array [T, V] an example."""
+def run_theirs(model, rows: list[np.ndarray], inputs, pad: int, **options):
+    """What transformers returns for padded examples."""
     import torch
 
     tokens, mask = padded(rows, pad)
@@ -86,8 +100,39 @@ def theirs(model, rows: list[np.ndarray], inputs: list[np.ndarray] | None = None
         given = {"decoder_input_ids": tokens, "decoder_attention_mask": mask}
         given |= dict(zip(("input_ids", "attention_mask"), padded(inputs, pad), strict=True))
     with torch.no_grad():
-        found = model(**{k: torch.tensor(v) for k, v in given.items()}).logits.numpy()
+        return model(**{k: torch.tensor(v) for k, v in given.items()}, **options)
+
+
+def theirs(model, rows: list[np.ndarray], inputs: list[np.ndarray] | None = None, pad: int = 0):
+    """Logits of transformers, padded: one array [T, V] an example."""
+    found = run_theirs(model, rows, inputs, pad).logits.numpy()
     return [x[: len(row)] for x, row in zip(found, rows, strict=True)]
+
+
+def layers_apart(theirs_model, read: hf.Pretrained, rows, inputs, pad: int) -> str:
+    """How far hidden states are apart after each layer of each stack, relative to their root mean
+    square; but after the last, where transformers has the final norm's output."""
+    found = run_theirs(theirs_model, rows, inputs, pad, output_hidden_states=True)
+    config = dataclasses.replace(read.config, scan=False)
+    model = Model(config, read.vocab_size)
+
+    @jax.jit
+    def forward(params, batch):
+        with watched() as outputs:
+            model.bind(params)(batch)
+        return outputs
+
+    with single().active():
+        outputs = forward(read.params(config), padded_batch(rows, inputs, pad))
+    names = ("hidden_states",) if inputs is None else (f"{n}_hidden_states" for n in STACKS)
+    said = []
+    for name, ours in zip(names, outputs, strict=True):
+        real = padded(inputs if name.startswith("encoder") else rows)[1] == 1
+        pairs = zip(ours[:-1], found[name][1:-1], strict=True)
+        near = [(np.asarray(a)[real], b.numpy()[real]) for a, b in pairs]
+        apart = [f"{np.abs(a - b).max() / np.sqrt(np.mean(b**2)):.0e}" for a, b in near]
+        said.append(f"{name}, apart after each layer but the last: {', '.join(apart)}")
+    return "\n".join(said)
 
 
 def assert_near(ours, wanted) -> None:
@@ -107,7 +152,11 @@ def prove(folder, theirs_model, *, family: str | None = None, lengths=LENGTHS, p
     rows = examples(read.vocab_size, lengths)
     inputs = examples(read.vocab_size, lengths[::-1], seed=1) if both else None
     wanted = theirs(theirs_model, rows, inputs, pad)
-    _check_padded(model, params, rows, inputs, wanted, pad)
+    try:
+        _check_padded(model, params, rows, inputs, wanted, pad)
+    except AssertionError as error:
+        where = layers_apart(theirs_model, read, rows, inputs, pad)
+        raise AssertionError(f"{error}\n{where}") from error
     _check_packed(model, params, rows, inputs, wanted)
     out = folder / "ours"
     hf.write(out, model, params, family=family)
@@ -125,11 +174,7 @@ def prove(folder, theirs_model, *, family: str | None = None, lengths=LENGTHS, p
 
 
 def _check_padded(model, params, rows, inputs, wanted, pad) -> None:
-    tokens, mask = padded(rows, pad)
-    batch = as_batch({"tokens": tokens, "segments": mask})
-    if inputs is not None:
-        tokens, mask = padded(inputs, pad)
-        batch |= as_batch({"inputs": tokens, "input_segments": mask})
+    batch = padded_batch(rows, inputs, pad)
     for ours, there in zip(logits(model, params, batch), wanted, strict=True):
         assert_near(ours[: len(there)], there)
 
