@@ -25,16 +25,19 @@ from jaxpt.cli_flags import (
     CleanCheckpointsFlags,
     DoctorFlags,
     EvalFlags,
+    ExportFlags,
     GenerateFlags,
+    ImportFlags,
     LaunchFlags,
     ListCheckpointsFlags,
+    MergeFlags,
     PlanFlags,
     ShowFlags,
     TrainFlags,
     VerifyCheckpointsFlags,
     VerifyFlags,
 )
-from jaxpt.errors import ConfigError, DataError, Exit, exit_code
+from jaxpt.errors import ConfigError, Exit, complain, exit_code
 
 if TYPE_CHECKING:
     from jaxpt.run import Run
@@ -101,8 +104,7 @@ def _data_build(args: list[str]) -> int | None:
 
     entries = flags.entries(BuildFlags())
     operands, rest = _operands(args, "data build", ("SOURCE", "OUT"), entries, BUILD_HELP)
-    given = flags.parse(entries, rest, prog="jaxpt data build SOURCE OUT")
-    values = {e.name: given.get(e.name, e.value) for e in entries}
+    values = _values(entries, rest, "jaxpt data build SOURCE OUT")
     own = ("tokenizer", "shards", "workers", "deduplicate", "json")
     options = {name: value for name, value in values.items() if name not in own}
     word = values.pop("tokenizer")
@@ -123,15 +125,6 @@ def _data_build(args: list[str]) -> int | None:
         source = words.source_of(operands[0], options)
     settings = {name: values[name] for name in own[1:]}
     return _module("data.build").main(source, tokenizer, Path(operands[1]), **settings)
-
-
-def _data_verify(args: list[str]) -> int | None:
-    from jaxpt.config import flags
-
-    entries = flags.entries(VerifyFlags())
-    operands, rest = _operands(args, "data verify", ("OUT",), entries)
-    given = flags.parse(entries, rest, prog="jaxpt data verify OUT")
-    return _module("data.build").main_verify(Path(operands[0]), json=given.get("json", False))
 
 
 def _launch(kind: str, args: list[str]) -> int | None:
@@ -171,31 +164,43 @@ def _without(args: list[str], names: set[str]) -> list[str]:
     return kept
 
 
-def _checkpoint(action: str, own: Any, args: list[str]) -> int | None:
+def _plain(
+    command: str, names: tuple[str, ...], own: Any, call: tuple[str, ...], args: list[str]
+) -> int | None:
+    """A command of paths and flags. ``call``: module, function, and what it is given first."""
     from jaxpt.config import flags
 
     entries = flags.entries(own)
-    operands, rest = _operands(args, f"checkpoint {action}", ("DIR",), entries)
-    given = flags.parse(entries, rest, prog=f"jaxpt checkpoint {action} DIR")
-    values = {e.name: given.get(e.name, e.value) for e in entries}
-    return _module("checkpoint_commands").main(action, Path(operands[0]), **values)
+    operands, rest = _operands(args, command, names, entries)
+    values = _values(entries, rest, f"jaxpt {command} {' '.join(names)}".rstrip())
+    return getattr(_module(call[0]), call[1])(*call[2:], *map(Path, operands), **values)
 
 
-def _doctor(args: list[str]) -> int | None:
-    from jaxpt.config import flags
-
-    entries = flags.entries(DoctorFlags())
-    given = flags.parse(entries, args, prog="jaxpt doctor")
-    return _module("doctor").main(**{e.name: given.get(e.name, e.value) for e in entries})
+def _checkpoint(action: str, own: Any) -> Callable[[list[str]], int | None]:
+    call = "checkpoint_commands", "main", action
+    return functools.partial(_plain, f"checkpoint {action}", ("DIR",), own, call)
 
 
+def _export(args: list[str]) -> int | None:
+    if "--to" in args[:2] and len(args) > 3:  # RUN --to hf OUT, as one says it
+        args = [args[0], args[3], *args[1:3], *args[4:]]
+    call = "interop_commands", "export_model"
+    return _plain("export", ("RUN", "OUT"), ExportFlags(), call, args)
+
+
+_IMPORT = "interop_commands", "import_model"
+_DOCTOR = functools.partial(_plain, "doctor", (), DoctorFlags(), ("doctor", "main"))
 COMMANDS: dict[str, tuple[str, str, Callable[[list[str]], int | None]]] = {
     "train": (
         "CONFIG [--workdir DIR] [--dry-run]",
         "a new run, or go on with the one in DIR",
         _train,
     ),
-    "eval": ("DIR [--split SPLIT]", "losses of a run on a split, denoiser by denoiser", _eval),
+    "eval": (
+        "DIR [--split SPLIT] [--tasks A,B] [--all-checkpoints]",
+        "losses of a run on a split, denoiser by denoiser; or what lm_eval finds",
+        _eval,
+    ),
     "generate": ("DIR --prompt TEXT [--mode R|S|X]", "text from a run's model", _generate),
     "bench": ("CONFIG [--input-only]", "speed and memory of a config on this machine", _bench),
     "plan": (
@@ -209,7 +214,13 @@ COMMANDS: dict[str, tuple[str, str, Callable[[list[str]], int | None]]] = {
         "token ids on disk; SOURCE is files, CONFIG, corpus, tfds:NAME or hf:NAME",
         _data_build,
     ),
-    "data verify": ("OUT", "holds a build's files against their checksums", _data_verify),
+    "data verify": (
+        "OUT",
+        "holds a build's files against their checksums",
+        functools.partial(
+            _plain, "data verify", ("OUT",), VerifyFlags(), ("data.build", "main_verify")
+        ),
+    ),
     **{
         f"launch {kind}": (
             "CONFIG --workdir DIR [--out DIR]",
@@ -225,19 +236,25 @@ COMMANDS: dict[str, tuple[str, str, Callable[[list[str]], int | None]]] = {
     "checkpoint list": (
         "DIR",
         "what a run has saved",
-        functools.partial(_checkpoint, "list", ListCheckpointsFlags()),
+        _checkpoint("list", ListCheckpointsFlags()),
     ),
     "checkpoint verify": (
         "DIR [--at-step N]",
         "holds all that was saved against its checksums",
-        functools.partial(_checkpoint, "verify", VerifyCheckpointsFlags()),
+        _checkpoint("verify", VerifyCheckpointsFlags()),
     ),
     "checkpoint clean": (
         "DIR [--keep N] [--dry-run]",
         "removes what was cut off or damaged, and old checkpoints where asked to",
-        functools.partial(_checkpoint, "clean", CleanCheckpointsFlags()),
+        _checkpoint("clean", CleanCheckpointsFlags()),
     ),
-    "doctor": ("", "versions, devices and what is wrong with them", _doctor),
+    "import hf": (
+        "DIR OUT",
+        "a model of Hugging Face as a run's folder, to go on from",
+        functools.partial(_plain, "import hf", ("DIR", "OUT"), ImportFlags(), _IMPORT),
+    ),
+    "export": ("RUN --to hf OUT", "a run's model as transformers loads it", _export),
+    "doctor": ("", "versions, devices and what is wrong with them", _DOCTOR),
 }
 
 
@@ -262,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if code == Exit.BUG:
             traceback.print_exc()
         else:
-            _complain(error, code)
+            complain(error, code)
         if _of_several():  # at exit JAX would wait for the others
             sys.stdout.flush()
             sys.stderr.flush()
@@ -337,6 +354,14 @@ def _operands(
     return args[: len(names)], args[len(names) :]
 
 
+def _values(entries: Sequence[Any], args: list[str], prog: str) -> dict[str, Any]:
+    """Each flag's value, given or not."""
+    from jaxpt.config import flags
+
+    given = flags.parse(entries, args, prog=prog)
+    return {entry.name: given.get(entry.name, entry.value) for entry in entries}
+
+
 def _configured(path: Path, args: list[str], command: str, own: Any) -> tuple[Run, dict[str, Any]]:
     """The run of a config file with its overrides, and the command's own flags."""
     from jaxpt import run as runs
@@ -373,22 +398,6 @@ def _value_of(flag: str, args: list[str]) -> str | None:
 
 def _module(name: str) -> types.ModuleType:
     return importlib.import_module(f"jaxpt.{name}")
-
-
-HINTS = {
-    Exit.OUT_OF_MEMORY: "; lower --batch or --length, or raise --step.accumulate",
-    Exit.LOST_PROCESS: "; start all processes again to go on from the last checkpoint",
-    Exit.DISK: "; free some space there, or give another --workdir",
-}
-
-
-def _complain(error: BaseException, code: Exit) -> None:
-    """One line on stderr, red where that is a terminal."""
-    text = str(error) if isinstance(error, ConfigError | DataError) else str(error).split("\n")[0]
-    name = "interrupted" if code == Exit.INTERRUPTED else "error"
-    line = f"{name}: {' '.join(text.split())}{HINTS.get(code, '')}".removesuffix(": ")
-    red = sys.stderr.isatty() and "NO_COLOR" not in os.environ
-    print(f"\x1b[31m{line}\x1b[0m" if red else line, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -130,5 +130,33 @@ class CleanCheckpointsFlags:
 
 
 @dataclasses.dataclass(frozen=True)
+class ImportFlags:
+    # type of the parameters; None: bfloat16 where all the files' are, else float32
+    dtype: Literal["float32", "bfloat16"] | None = None
+    json: bool = False  # print one JSON object
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportFlags:
+    to: str | None = None  # what to write: hf, a folder that transformers loads
+    family: str | None = None  # its model_type, where several have such a model; None: the first
+    dtype: Literal["float32", "bfloat16"] | None = None  # of the files; None: the parameters'
+    shard_gigabytes: float = 5.0  # files of parameters are no longer than this
+    network: str | None = None  # which network of a model of several; None: it is one
+    at_step: int | None = None  # the step to export; None: the latest
+    json: bool = False  # print one JSON object
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeFlags:
+    uniform: tuple[str, ...] = ()  # RUN or RUN@STEP each: the mean of their parameters
+    greedy: tuple[str, ...] = ()  # the mean of those of them that make it better
+    task_arithmetic: tuple[str, ...] = ()  # the first, and what the others have learnt beyond it
+    scale: float = 1.0  # of what is learnt, for task arithmetic
+    by: str | None = None  # NAME/FIGURE that the greedy mean is to raise; None: lower the loss
+    json: bool = False  # print one JSON object
+
+
+@dataclasses.dataclass(frozen=True)
 class DoctorFlags:
     json: bool = False  # print one JSON object

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import enum
 import errno
+import os
 import re
 import signal
+import sys
 
 
 class ConfigError(ValueError):
@@ -72,3 +74,19 @@ def exit_code(error: BaseException) -> Exit:
     if isinstance(error, KeyboardInterrupt):
         return Exit.INTERRUPTED
     return Exit.BUG
+
+
+HINTS = {
+    Exit.OUT_OF_MEMORY: "; lower --batch or --length, or raise --step.accumulate",
+    Exit.LOST_PROCESS: "; start all processes again to go on from the last checkpoint",
+    Exit.DISK: "; free some space there, or give another --workdir",
+}
+
+
+def complain(error: BaseException, code: Exit) -> None:
+    """One line on stderr, red where that is a terminal."""
+    text = str(error) if isinstance(error, ConfigError | DataError) else str(error).split("\n")[0]
+    name = "interrupted" if code == Exit.INTERRUPTED else "error"
+    line = f"{name}: {' '.join(text.split())}{HINTS.get(code, '')}".removesuffix(": ")
+    red = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    print(f"\x1b[31m{line}\x1b[0m" if red else line, file=sys.stderr)

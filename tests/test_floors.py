@@ -51,7 +51,7 @@ FLOORS = (
         "jaxpt.plan",
         "jaxpt.launch",
     ),
-    ("jaxpt.plan_command", "jaxpt.interop_commands"),
+    ("jaxpt.plan_command", "jaxpt.interop_commands", "jaxpt.merge"),
     ("jaxpt.cli", "jaxpt.__main__", "experiments", "configs"),
 )
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
