@@ -78,6 +78,9 @@ class HeadedNetwork(Network):
 
 def headed(pretrained: Transformer, classes: int, **changes: Any) -> Headed:
     """``pretrained`` with a head: all of its fields but those of its output, and ``changes``."""
-    fields = {f.name: getattr(pretrained, f.name) for f in dataclasses.fields(Transformer)}
+    fields: dict[str, Any] = {
+        f.name: getattr(pretrained, f.name) for f in dataclasses.fields(Transformer)
+    }
     fields |= {"tied": False, "output_bias": False, "head_transform": False, "logit_softcap": None}
-    return Headed(**(fields | {"classes": classes} | changes))
+    fields |= {"classes": classes} | changes
+    return Headed(**fields)
