@@ -9,16 +9,18 @@ import numpy as np
 from kernels.block_sparse.places import Places, grid_of, places_of
 
 # The MLP's first matrices (Touvron et al. 2023; SLTrain's 1B), and one for a CPU in seconds.
-SHAPES = {"1b": (2048, 5461), "7b": (4096, 11008), "small": (512, 2048)}
+SHAPES = {"1b": (2048, 5461), "7b": (4096, 11008), "small": (1024, 2048)}
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, shapes, densities, blocks, tokens) -> None:
+def add_arguments(
+    parser: argparse.ArgumentParser, *, shapes, densities, blocks, tokens, dtype
+) -> None:
     known = ", ".join(f"{name} is {i} x {o}" for name, (i, o) in SHAPES.items())
     parser.add_argument("--shapes", nargs="+", default=shapes, help=f"WIDTHxWIDTH, or {known}")
     parser.add_argument("--densities", type=float, nargs="+", default=densities)
     parser.add_argument("--blocks", type=int, nargs="+", default=blocks, help="sides of blocks")
     parser.add_argument("--tokens", type=int, default=tokens)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default=dtype)
 
 
 def shape_of(name: str) -> tuple[int, int]:

@@ -19,7 +19,9 @@ PASSES = ("times", "turned", "outer")  # y, dx, dW
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    cases.add_arguments(parser, shapes=["7b"], densities=[0.25], blocks=[128], tokens=4096)
+    cases.add_arguments(
+        parser, shapes=["7b"], densities=[0.25], blocks=[128], tokens=4096, dtype="bfloat16"
+    )
     parser.add_argument("--passes", nargs="+", default=PASSES, choices=PASSES, help="y, dx, dW")
     parser.add_argument(
         "--sizes", type=int, nargs=4, metavar=("TOKENS", "CHUNK", "DEPTH", "BLOCKS"),

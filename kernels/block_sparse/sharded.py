@@ -20,8 +20,8 @@ Axes = str | tuple[str, ...] | None
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Mesh axes over which x's axes before the last one are cut, W's rows (and x's last axis), and
-    W's columns (and y's last axis); None: not at all."""
+    """Mesh axes over which x's first axes are cut, each by its own; W's rows (and x's last axis);
+    and W's columns (and y's last axis). None: not at all."""
 
     lead: tuple[Axes, ...] = ()
     rows: Axes = None
@@ -74,11 +74,12 @@ def sharded_block_sparse(
         y = api.block_sparse_matmul(x, *parts, local_out, implementation=implementation)
         return y if ways[0] == 1 else jax.lax.psum(y, split.rows)
 
+    lead = (*split.lead, *[None] * (x.ndim - 1 - len(split.lead)))
     of_parts = P(split.rows, split.columns)
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(P(*split.lead, split.rows), of_parts, of_parts, of_parts),
-        out_specs=P(*split.lead, split.columns),
+        in_specs=(P(*lead, split.rows), of_parts, of_parts, of_parts),
+        out_specs=P(*lead, split.columns),
         check_vma=False,  # kernels do not say over what their results vary
     )(x, blocks, rows, columns)
