@@ -110,8 +110,9 @@ def theirs(model, rows: list[np.ndarray], inputs: list[np.ndarray] | None = None
 
 
 def layers_apart(theirs_model, read: hf.Pretrained, rows, inputs, pad: int) -> str:
-    """How far hidden states are apart after each layer of each stack, relative to their root mean
-    square; but after the last, where transformers has the final norm's output."""
+    """How far hidden states are apart after each layer (or period of windows) of each stack,
+    relative to their root mean square; but after the last, where transformers has the final
+    norm's output."""
     found = run_theirs(theirs_model, rows, inputs, pad, output_hidden_states=True)
     config = dataclasses.replace(read.config, scan=False)
     model = Model(config, read.vocab_size)
@@ -128,7 +129,8 @@ def layers_apart(theirs_model, read: hf.Pretrained, rows, inputs, pad: int) -> s
     said = []
     for name, ours in zip(names, outputs, strict=True):
         real = padded(inputs if name.startswith("encoder") else rows)[1] == 1
-        pairs = zip(ours[:-1], found[name][1:-1], strict=True)
+        each = max(len(config.attention.window), 1)  # of these layers one is shown
+        pairs = zip(ours[:-1], found[name][each:-1:each], strict=True)
         near = [(np.asarray(a)[real], b.numpy()[real]) for a, b in pairs]
         apart = [f"{np.abs(a - b).max() / np.sqrt(np.mean(b**2)):.0e}" for a, b in near]
         said.append(f"{name}, apart after each layer but the last: {', '.join(apart)}")
