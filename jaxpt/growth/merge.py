@@ -85,7 +85,8 @@ def task_arithmetic(base: Params, states: Sequence[Params], scale: float = 1.0) 
 
 
 def check(states: Sequence[Params]) -> None:
-    """Raises ConfigError unless all have the first one's names, shapes and integers."""
+    """Raises ConfigError unless all have the first one's names, shapes and, where they are known
+    (not while a function is traced), integers."""
     if not states:
         raise ConfigError("states", "none given")
     first = flatten(states[0])
@@ -97,9 +98,10 @@ def check(states: Sequence[Params]) -> None:
                 raise ConfigError(
                     f"states.{i}", f"at {path} it has {b}, and the first has {a}; no mean of these"
                 )
-            if not jnp.issubdtype(first[path].dtype, jnp.floating) and not bool(
-                (first[path] == own[path]).all()
-            ):
+            floating = jnp.issubdtype(first[path].dtype, jnp.floating)
+            if floating or isinstance(first[path], jax.core.Tracer):
+                continue
+            if not bool((first[path] == own[path]).all()):
                 raise ConfigError(
                     f"states.{i}",
                     f"its integers at {path} are not the first one's: no mean of these",
