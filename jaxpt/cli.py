@@ -189,6 +189,7 @@ def _export(args: list[str]) -> int | None:
 
 
 _IMPORT = "interop_commands", "import_model"
+_MERGE = functools.partial(_plain, "merge", ("OUT",), MergeFlags(), ("merge", "main"))
 _DOCTOR = functools.partial(_plain, "doctor", (), DoctorFlags(), ("doctor", "main"))
 COMMANDS: dict[str, tuple[str, str, Callable[[list[str]], int | None]]] = {
     "train": (
@@ -254,6 +255,7 @@ COMMANDS: dict[str, tuple[str, str, Callable[[list[str]], int | None]]] = {
         functools.partial(_plain, "import hf", ("DIR", "OUT"), ImportFlags(), _IMPORT),
     ),
     "export": ("RUN --to hf OUT", "a run's model as transformers loads it", _export),
+    "merge": ("OUT --uniform RUN[@STEP] ...", "one model of several, as a run's folder", _MERGE),
     "doctor": ("", "versions, devices and what is wrong with them", _DOCTOR),
 }
 
