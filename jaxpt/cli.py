@@ -197,11 +197,7 @@ COMMANDS: dict[str, tuple[str, str, Callable[[list[str]], int | None]]] = {
         "a new run, or go on with the one in DIR",
         _train,
     ),
-    "eval": (
-        "DIR [--split SPLIT] [--tasks A,B] [--all-checkpoints]",
-        "losses of a run on a split, denoiser by denoiser; or what lm_eval finds",
-        _eval,
-    ),
+    "eval": ("DIR [--split SPLIT] [--tasks A,B]", "losses of a run, or lm_eval's tasks", _eval),
     "generate": ("DIR --prompt TEXT [--mode R|S|X]", "text from a run's model", _generate),
     "bench": ("CONFIG [--input-only]", "speed and memory of a config on this machine", _bench),
     "plan": (

@@ -14,7 +14,8 @@ from jaxpt.evaluation import Evaluate, Harness
 from jaxpt.files import read_metrics
 from jaxpt.generate import generate
 from jaxpt.loading import load
-from jaxpt.objectives import UL2
+from jaxpt.models import MLP, Attention, RelativeBias
+from jaxpt.objectives import UL2, PrefixLM
 from jaxpt.objectives.prompt import opening
 from jaxpt.scoring import Question
 from jaxpt.train import train
@@ -87,6 +88,58 @@ def test_each_answer_is_scored_as_the_core_scores_it(decoder, tasks):
     written = [s["filtered_resps"][0] for s in samples["jaxpt_written"]]
     texts = generate(loaded, [c["context"] for c in CHOICES[:4]], max_tokens=12)
     assert written == [t[0].output.split("e")[0] for t in texts]
+
+
+def theirs(folder, tasks, names, **options):
+    """Samples of the exported model under lm_eval's own backend."""
+    pytest.importorskip("transformers", reason="needs the extra parity")
+    from lm_eval.models.huggingface import HFLM
+
+    model = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=2, **options)
+    return asked(model, tasks, names)[0]
+
+
+def assert_same(mine, other):
+    for task in mine:
+        for a, b in zip(mine[task], other[task], strict=True):
+            for x, y in zip(a["filtered_resps"], b["filtered_resps"], strict=True):
+                if isinstance(x, str):
+                    assert x == y
+                elif isinstance(x, tuple):
+                    np.testing.assert_allclose(x[0], y[0], rtol=1e-4)
+                    assert x[1] == y[1]
+                else:
+                    np.testing.assert_allclose(x, y, rtol=1e-4)
+
+
+def test_the_exported_model_scores_the_same_under_its_own_backend(decoder, tasks, tmp_path):
+    from jaxpt.interop.lm_eval import HarnessLM
+
+    assert cli.main(["export", str(decoder), "--to", "hf", str(tmp_path / "out")]) == 0
+    samples, _ = asked(HarnessLM(load(decoder), batch=3), tasks)
+    length = load(decoder).program.phase.length
+    # Their tokenizer puts bos in front of contexts; of whole texts it is given by the harness.
+    for names, options in ((NAMES[::2], {}), (NAMES[1:2], {"add_bos_token": False})):
+        other = theirs(tmp_path / "out", tasks, names, max_length=length, **options)
+        assert_same({name: samples[name] for name in names}, other)
+
+
+def test_an_exported_encoder_decoder_scores_the_same(tmp_path, tasks):
+    from jaxpt.interop.lm_eval import HarnessLM
+
+    run = tiny.tiny_run(tmp_path, kind="encoder_decoder", objective=PrefixLM())
+    model = dataclasses.replace(
+        run.model,
+        attention=Attention(heads=4, scale=1.0),
+        mlp=MLP(width=32, gated=True),
+        positions=RelativeBias(),
+    )
+    phase = dataclasses.replace(run.phases[0], length=192, target_length=192, steps=3)
+    train(tiny.with_phases(dataclasses.replace(run, model=model), phase), tmp_path / "run")
+    assert cli.main(["export", str(tmp_path / "run"), "--to", "hf", str(tmp_path / "out")]) == 0
+    samples, _ = asked(HarnessLM(load(tmp_path / "run"), batch=3), tasks)
+    other = theirs(tmp_path / "out", tasks, NAMES[::2], max_length=192)
+    assert_same({name: samples[name] for name in NAMES[::2]}, other)
 
 
 def test_training_and_the_command_ask(decoder, tasks, capsys):
