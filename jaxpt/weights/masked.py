@@ -76,12 +76,18 @@ class MaskedModule(SparseModule):
         self.axis = packing_axis(d_in, d_out)
         packed = [d_in, d_out]
         packed[self.axis] = -(-packed[self.axis] // 8)
+
+        def draw(key):
+            if config.density == 1:
+                return self._packed(jnp.ones(pattern.grid(d_in, d_out), bool))
+            return self._packed(pattern.draw(key, count, d_in, d_out))
+
         self.w = scope.param("w", (d_in, d_out), axes, init, fan_in=d_in, fan_out=d_out)
         self.mask = scope.constant(
             "mask",
             tuple(packed),
             axes,
-            lambda key: self._packed(pattern.draw(key, count, d_in, d_out)),
+            draw,
             "uint8",
             kind="mask",
         )
@@ -90,7 +96,7 @@ class MaskedModule(SparseModule):
             self.scores = scope.param(
                 "scores", grid, (None,) * len(grid), Constant(0.0), kind="sparse"
             )
-        elif config.trains == "held":
+        elif config.trains == "held" and config.density < 1:
             # Not before the mask is there, which says what of it stays.
             self.w = type(self.w)(jnp.where(self._mask(), self.w[...], 0))
 
