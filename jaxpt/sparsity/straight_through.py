@@ -52,5 +52,5 @@ def check_trains(weights, wanted: str) -> None:
         trains = getattr(weight_of(place), "trains", None)
         if trains != wanted:
             raise ConfigError(
-                "", f'{path} is no weight of this method: give Masked(trains="{wanted}")'
+                "", f"{path} is none of this method's: give Masked(trains={wanted!r})"
             )

@@ -30,7 +30,7 @@ class SparsePlusLowRank(Weight):
     """
 
     factors: ClassVar[tuple[str, ...]] = ("a", "b")
-    cost: ClassVar[str] = "smaller, not faster: every pass forms the dense matrix, which is not kept"
+    cost: ClassVar[str] = "smaller, not faster: every pass forms the dense matrix, and keeps none"
 
     rank: int = 128  # columns of A and rows of B
     alpha: float = 16.0  # A B is scaled by alpha / rank
