@@ -12,6 +12,7 @@ from jaxpt.weights.rows import Rows
 from jaxpt.weights.sparse import Sparse
 from jaxpt.weights.sparse_low_rank import SparsePlusLowRank
 from jaxpt.weights.support import Grouped, Support, Uniform
+from jaxpt.weights.two_four import TwoFour
 
 __all__ = [
     "BlockSparse",
@@ -35,6 +36,7 @@ __all__ = [
     "Sparse",
     "SparsePlusLowRank",
     "Support",
+    "TwoFour",
     "Uniform",
     "Weight",
     "WeightModule",

@@ -20,12 +20,10 @@ from kernels import block_sparse as kernel
 
 ROUNDS = 12  # alternating projections of ``LowRankPlusBlockSparse.from_dense``
 COST = (
-    "faster where few blocks are held, and smaller: time and memory follow the blocks (4 to 12 "
-    "bytes of optimizer and master numbers an entry of them, none of the rest). Measured on 2 CPU "
-    "cores, forward and backward: faster than the dense product below a density of about {even}; "
-    "on GPUs and TPUs not measured"
+    "faster where few blocks are held, and smaller: time, numbers, gradients and moments are those "
+    "of the blocks. Breaks even with the dense product at a density of about a half; measured on "
+    "CPUs (kernels/README.md), on GPUs and TPUs not"
 )
-BREAK_EVEN = "0.8 with blocks of 128, 0.6 with 32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +84,7 @@ class BlockSparse(Sparse):
 
     fixed: ClassVar[bool] = True
     held: ClassVar[tuple[str, ...]] = ("blocks",)
-    cost: ClassVar[str | None] = COST.format(even=BREAK_EVEN)
+    cost: ClassVar[str | None] = COST
 
     density: float = 0.25  # share of the blocks that are held
     pattern: Blocks | BlocksInParts = Blocks(128, 128)  # their size, and where they compete
@@ -119,8 +117,7 @@ class LowRankPlusBlockSparse(Weight):
     factors: ClassVar[tuple[str, ...]] = ("a", "b")
     cost: ClassVar[str | None] = (
         "faster and smaller: three products with thin matrices and with the blocks that are held. "
-        "Measured on 2 CPU cores at rank = width / 4 and density 0.03, forward and backward: "
-        "X of the dense product's time; on GPUs and TPUs not measured"
+        "Breaks even where they hold about half of the matrix's numbers; measured on CPUs (kernels/README.md), on GPUs and TPUs not"
     )
 
     rank: int = 128  # columns of A and rows of B
