@@ -146,6 +146,15 @@ def test_what_published_configs_come_to():
     assert essence(models["gpt2"]) == essence(presets.gpt2_small())
 
 
+def test_windows_of_qwens_later_layers():
+    windows = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+    found = config_of("qwen2", {"num_hidden_layers": 3, **windows})
+    assert found.attention.window == (None, 5, 5)
+    kinds = ["sliding_attention", "full_attention", "full_attention"]
+    found = config_of("qwen2", {"num_hidden_layers": 3, **windows, "layer_types": kinds})
+    assert found.attention.window == (5, None, None)
+
+
 REFUSED = {
     "rope_scaling.rope_type": ("llama", {"rope_scaling": {"type": "xpos"}}),
     "rope_scaling.factor": ("llama", {"rope_scaling": {"type": "linear"}}),
