@@ -121,7 +121,7 @@ def test_remat_saves_memory():
         compiled = jax.jit(jax.grad(loss)).lower(model.abstract()).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert temporary("full") < 0.5 * temporary("none")
+    assert temporary("full") < 0.6 * temporary("none")
 
 
 # --- dropout, dtypes --------------------------------------------------------------------------

@@ -91,9 +91,9 @@ def sharding_layout() -> Layout | None:
 
 def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, **arguments) -> jax.Array:
     """The op, over the active layout: each device attends with its own rows, heads and queries,
-    by the kernels, which XLA cannot cut. One query at a time, and dropout, are left to XLA."""
+    by the kernels, which XLA cannot cut. One query at a time is left to XLA."""
     layout = sharding_layout()
-    if layout is None or q_BTNH.shape[1] == 1 or arguments["dropout"] is not None:
+    if layout is None or q_BTNH.shape[1] == 1:
         return kernel.attention(q_BTNH, k_BSKH, v_BSKH, **arguments)
     batch, length, heads = layout.spec(("batch", "length", "heads"))
     split = kernel.Split(batch=batch, heads=heads, length=length)

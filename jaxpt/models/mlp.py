@@ -86,7 +86,16 @@ class MLPModule(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, key: jax.Array | None = None) -> jax.Array:
         activation = ACTIVATIONS[self.config.activation]
-        h = project(self, "up", x_BTD)
-        h = activation(project(self, "gate", x_BTD)) * h if self.config.gated else activation(h)
-        h = constrain(h, "batch", "length", "mlp")
-        return project(self, "down", dropout(h, self.config.dropout, key))
+        names = ("gate", "up") if self.config.gated else ("up",)
+        hidden = [project(self, name, x_BTD) for name in names]
+
+        # The backward pass keeps what the first products gave and computes the rest again: an
+        # activation would keep half a dozen arrays of this size.
+        def down(first, *others):
+            h = activation(first)
+            for other in others:
+                h = h * other
+            h = constrain(h, "batch", "length", "mlp")
+            return project(self, "down", dropout(h, self.config.dropout, key))
+
+        return jax.checkpoint(down, prevent_cse=False)(*hidden)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -53,11 +54,23 @@ def _positive(epsilon: float) -> None:
         raise ConfigError("epsilon", f"{epsilon} is not valid; it must be above 0")
 
 
+def _from_input(call):
+    """A norm's ``__call__`` of which the backward pass keeps the input alone, in its own dtype,
+    and computes again what it needs in float32."""
+
+    @functools.wraps(call)
+    def run(self, x):
+        return jax.checkpoint(functools.partial(call, self), prevent_cse=False)(x)
+
+    return run
+
+
 class RMSNormModule(nnx.Module):
     def __init__(self, config: RMSNorm, scope: Scope, width: int):
         self.epsilon = config.epsilon
         self.scale = scope.param("scale", (width,), ("width",), Constant(1.0), kind="norm")
 
+    @_from_input
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.epsilon)
@@ -71,6 +84,7 @@ class LayerNormModule(nnx.Module):
         if config.bias:
             self.bias = scope.param("bias", (width,), ("width",), Constant(0.0), kind="norm")
 
+    @_from_input
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, -1, keepdims=True)
