@@ -134,7 +134,7 @@ class Phase:
                 "MaskedLM, or model.kind decoder or encoder_decoder",
             )
         check_outputs(self.objective.outputs, self.objective, model)
-        self.objective.check_source(self.data)
+        self.objective.check(self.data, model)
         if self.batch % self.step.accumulate:
             raise ConfigError(
                 "batch",

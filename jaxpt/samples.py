@@ -155,7 +155,9 @@ def _question(example: Example, vocabulary: Vocabulary) -> tuple[Prompt, np.ndar
     if prefix.any():
         read = tokens[: int(prefix.sum())]
         return Prompt(read, prefix=True), read, _without_end(targets[predicted], vocabulary)
-    half = max(1, len(tokens) // 2)
+    # A text with an answer of its own is given up to that; of others the first half.
+    first = int(np.argmax(predicted))
+    half = first + 1 if first else max(1, len(tokens) // 2)
     read = tokens[:half]
     given = read[1:] if read[0] in (vocabulary.bos, vocabulary.pad) else read
     return Prompt(read), given, _without_end(targets[half - 1 :], vocabulary)

@@ -17,7 +17,9 @@ from jaxpt.evaluate import series
 from jaxpt.evaluation import Evaluate, Harness
 from jaxpt.files import read_metrics
 from jaxpt.growth import Average, merge
+from jaxpt.interop import hf
 from jaxpt.loading import load
+from jaxpt.models import MLP
 from jaxpt.optimizers import Group, Optimizer, ScheduleFree, WarmupStableDecay
 from jaxpt.state import flatten
 from jaxpt.train import train
@@ -195,6 +197,8 @@ def averaged(tmp_path_factory):
     """A run's folder with an average, saved at every second step."""
     folder = tmp_path_factory.mktemp("averaged")
     run = tiny.tiny_run(folder, updates=(Average(0.9),))
+    # As LLaMA is, so that it can be exported.
+    run = run.replace(**{"model.mlp": MLP(width=32, activation="silu", gated=True)})
     train(run.replace(**{"checkpoint.every": 2, "checkpoint.keep": 9}), folder / "run")
     return folder / "run"
 
@@ -223,6 +227,16 @@ def test_the_command_merges_what_is_evaluated(averaged, tmp_path, capsys):
     best = json.loads(capsys.readouterr().out.splitlines()[-1])["loss"]
     assert used
     assert best <= loss + 1e-6
+
+
+def test_what_is_evaluated_is_what_is_exported(averaged, tmp_path):
+    assert cli.main(["export", str(averaged), "--to", "hf", str(tmp_path / "out")]) == 0
+    loaded = load(averaged)
+    found = flatten(hf.read(tmp_path / "out").params(loaded.program.model.config))
+    wanted = flatten(loaded.params)
+    assert found.keys() == wanted.keys()
+    for path, x in wanted.items():
+        np.testing.assert_array_equal(found[path], x, err_msg=path)
 
 
 def test_the_command_says_what_cannot_be(averaged, tmp_path, capsys):

@@ -43,6 +43,8 @@ def decoder(tmp_path_factory, tasks):
     folder = tmp_path_factory.mktemp("decoder")
     harness = Harness(("jaxpt_choices",), every=3, include_path=str(tasks), batch=4)
     run = tiny.tiny_run(folder, evaluate=Evaluate(batches=1, samples=0, harness=harness))
+    # As LLaMA is.
+    run = run.replace(**{"model.mlp": MLP(width=32, activation="silu", gated=True)})
     train(run.replace(**{"checkpoint.every": 3, "checkpoint.keep": 9}), folder / "run")
     return folder / "run"
 

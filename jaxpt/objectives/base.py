@@ -148,9 +148,9 @@ class Objective:
         """Metrics that validation reports beside the loss and the accuracy of the targets."""
         return ()
 
-    def check_source(self, source: Source) -> None:
-        """Raises ConfigError where the source gives labels and the objective wants none, or the
-        other way round."""
+    def check(self, source: Source, model: Any) -> None:
+        """Holds the objective against the phase's source and the model's config: whether labels are
+        given where they are wanted. Raises ConfigError."""
         if self.labelled != source.labelled:
             gives, wants = ("labels" if x.labelled else "no labels" for x in (source, self))
             names = type(source).__name__, type(self).__name__

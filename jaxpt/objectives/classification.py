@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpt.data.base import Source
 from jaxpt.data.labelled import Case, Cases
 from jaxpt.data.vocabulary import Vocabulary
 from jaxpt.errors import ConfigError
@@ -49,9 +50,12 @@ class SequenceClassification(HeadObjective):
             return None
         return float(np.var(targets / SCALE))
 
-    def loss(self, model: Any, batch: Batch, key: jax.Array | None) -> Loss:
-        if model.config.kind == "decoder" and self.pool == "first":
+    def check(self, source: Source, model: Any) -> None:
+        super().check(source, model)
+        if model.kind == "decoder" and self.pool == "first":
             raise ConfigError("objective.pool", "a decoder has read nothing there; give 'last'")
+
+    def loss(self, model: Any, batch: Batch, key: jax.Array | None) -> Loss:
         if self.classes > 1:
             return super().loss(model, batch, key)
         weights_BT = batch["weights"].astype(jnp.float32)
