@@ -117,7 +117,8 @@ class LowRankPlusBlockSparse(Weight):
     factors: ClassVar[tuple[str, ...]] = ("a", "b")
     cost: ClassVar[str | None] = (
         "faster and smaller: three products with thin matrices and with the blocks that are held. "
-        "Breaks even where they hold about half of the matrix's numbers; measured on CPUs (kernels/README.md), on GPUs and TPUs not"
+        "Breaks even where they hold about half of the matrix's numbers; measured on CPUs "
+        "(kernels/README.md), on GPUs and TPUs not"
     )
 
     rank: int = 128  # columns of A and rows of B
