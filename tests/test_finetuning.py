@@ -367,7 +367,8 @@ def test_what_cannot_be_is_said_first(tmp_path):
     refused("gives classes", objective=CausalLM(), model=headed(base.model, 2))
     data = Task("glue/sst2", "classes", write(tmp_path, "data", easy()))
     heads = {"data": data, "begin": (Keep(fresh=("head*",)),), "model": headed(base.model, 2)}
-    refused("needs model.classes of 3 or more", objective=SequenceClassification(3), **heads)
+    more = SequenceClassification(3, pool="last")
+    refused("needs model.classes of 3 or more", objective=more, **heads)
     refused("has read nothing there", objective=SequenceClassification(2), **heads)
     assert not (tmp_path / "never" / "metrics.jsonl").exists()
     with pytest.raises(ConfigError, match="no head of classes"):
