@@ -142,6 +142,7 @@ class ExportFlags:
     family: str | None = None  # its model_type, where several have such a model; None: the first
     dtype: Literal["float32", "bfloat16"] | None = None  # of the files; None: the parameters'
     shard_gigabytes: float = 5.0  # files of parameters are no longer than this
+    keep_factors: bool = False  # write what is not held dense as it is, too: factors.safetensors
     network: str | None = None  # which network of a model of several; None: it is one
     at_step: int | None = None  # the step to export; None: the latest
     json: bool = False  # print one JSON object

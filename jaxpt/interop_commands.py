@@ -101,6 +101,7 @@ def export_model(
     family: str | None,
     dtype: str | None,
     shard_gigabytes: float,
+    keep_factors: bool,
     network: str | None,
     at_step: int | None,
     json: bool,
@@ -127,6 +128,7 @@ def export_model(
         family=family,
         dtype=dtype,
         shard_bytes=int(shard_gigabytes * 1e9),
+        keep_factors=keep_factors,
     )
     said: dict[str, Any] = {"folder": str(out), "family": chosen.model_type, "step": loaded.step}
     line = f"step {loaded.step} as {chosen.architecture}: {out}"

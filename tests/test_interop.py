@@ -20,7 +20,7 @@ from jaxpt.models import Electra, RelativeBias
 from jaxpt.models.presets import PUBLISHED
 from jaxpt.models.stacking import unstacked
 from jaxpt.state import flatten
-from jaxpt.weights import LowRank
+from jaxpt.weights import LoRA, LowRank, SparsePlusLowRank
 
 MODELS = {
     "t5": T5,
@@ -101,6 +101,41 @@ def test_low_rank_is_written_dense(tmp_path):
         np.testing.assert_array_equal(layers["attention"]["query"]["w"], query)
 
 
+@pytest.mark.parametrize("scan", [True, False])
+def test_factors_are_kept_on_request(scan, tmp_path):
+    weights = (
+        ("*/mlp/*", LowRank(rank=2)),
+        ("*/query", LoRA(rank=3)),
+        ("*/key", SparsePlusLowRank(rank=2)),
+        ("lm_head", LowRank(rank=2)),
+        *LLAMA.weights,
+    )
+    model = dataclasses.replace(LLAMA, weights=weights, scan=scan).build(VOCAB)
+    params = params_of(model)
+    params["lm_head"]["b"][:, VOCAB:] = 0
+    hf.write(tmp_path / "out", model, params, keep_factors=True)
+    found = hf.read(tmp_path / "out")
+    assert found.config.weights == weights
+    equal(found.params(model.config), params)
+    names = SafeTensors(tmp_path / "out" / "factors.safetensors").keys()
+    assert {"decoder/layers_1/mlp/up/a", "lm_head/b"} <= names
+    if scan:
+        (tmp_path / "out" / "factors.safetensors").unlink()
+        dense = hf.read(tmp_path / "out")
+        assert dense.config.weights == LLAMA.weights
+        assert "w" in dense.params()["lm_head"]
+    else:
+        file = tmp_path / "out" / "factors.safetensors"
+        held = SafeTensors(file)
+        changed = {n: np.array(x[:1] if n.endswith("up/a") else x) for n, x in held.items()}
+        write(file, changed, held.metadata)
+        with pytest.raises(DataError, match=r"up/a \(1, 2\), which is \(16, 2\) in the model"):
+            hf.read(tmp_path / "out")
+        write(file, changed, {"weights": "nonsense"})
+        with pytest.raises(DataError, match=r"factors\.safetensors: config\.json: is no JSON"):
+            hf.read(tmp_path / "out")
+
+
 def test_published_models_have_a_family():
     for preset, (size, _) in PUBLISHED.items():
         family, config = hf.choose(preset(), size)
@@ -169,6 +204,7 @@ def config_with(folder, **changes):
         ({"vocab_size": "many"}, "vocab_size"),
         ({"d_model": True}, "d_model"),
         ({"d_model": 16.5}, "d_model"),
+        ({"d_model": 0}, "d_model"),
         ({"feed_forward_proj": "gated-mystery"}, "feed_forward_proj"),
         ({"feed_forward_proj": ["relu"]}, "feed_forward_proj"),
         ({"is_encoder_decoder": False}, "is_encoder_decoder"),

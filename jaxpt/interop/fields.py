@@ -73,9 +73,12 @@ class Fields:
             raise ConfigError(name, f"{value!r} in config.json is no {names}")
         return value
 
-    def integer(self, name: str, default: Any = REQUIRED) -> int:
-        """``get`` of a whole number."""
-        return self.get(name, default, int)
+    def integer(self, name: str, default: Any = REQUIRED, least: int = 1) -> int:
+        """``get`` of a whole number that is at least ``least``."""
+        value = self.get(name, default, int)
+        if value < least:
+            raise ConfigError(name, f"{value} in config.json is below {least}")
+        return value
 
     def choose(self, name: str, table: Mapping[Any, T], default: Any = REQUIRED) -> T:
         """What ``table`` has for the field's value. Raises ConfigError where it has nothing."""

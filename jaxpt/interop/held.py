@@ -41,6 +41,12 @@ def unrolled_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def held_at(model: Model, path: str) -> tuple[str, int | None]:
+    """Where a path in unrolled layers is: the parameter's own, and which of its layers, if any."""
+    found = LAYER.search(path) if model.config.stacked else None
+    return (path, None) if found is None else (LAYER.sub("", path), int(found[1]))
+
+
 class Held(Mapping[str, np.ndarray]):
     """Parameters by path in unrolled layers, on the host, each fetched when it is asked for:
     matrices dense, and the vocabulary without padding."""
@@ -53,9 +59,7 @@ class Held(Mapping[str, np.ndarray]):
     def __getitem__(self, path: str) -> np.ndarray:
         if path not in self._paths:
             raise KeyError(path)
-        at, layer = path, None
-        if self.model.config.stacked and (found := LAYER.search(path)):
-            at, layer = LAYER.sub("", path), int(found[1])
+        at, layer = held_at(self.model, path)
         weight = at.removesuffix("/w")
         product = self.model.products.get(weight) if weight != at else None
         if product is None or isinstance(product.weight, Dense):
@@ -85,7 +89,7 @@ def _dense_of(product: Product, flat: Mapping[str, Any]) -> Any:
 
 
 def gathered(model: Model, arrays: Mapping[str, np.ndarray]) -> Params:
-    """The parameters of a model of dense matrices, on the host.
+    """The parameters of a model, on the host.
 
     Args:
       arrays: by path in unrolled layers, the vocabulary without padding, which becomes zeros.

@@ -27,10 +27,12 @@ from jaxpt.data.vocabulary import Vocabulary
 from jaxpt.errors import ConfigError, DataError
 from jaxpt.files import write_json
 from jaxpt.interop import tokenizer as tokenizers
+from jaxpt.interop.factors import FILE as FACTORS
+from jaxpt.interop.factors import read_factors, write_factors
 from jaxpt.interop.families import FAMILIES
 from jaxpt.interop.family import Family, expressed
 from jaxpt.interop.fields import Fields
-from jaxpt.interop.held import Held, gathered, unrolled_shapes
+from jaxpt.interop.held import Held, dense_model, gathered, unrolled_shapes
 from jaxpt.interop.shards import SHARD_BYTES, Shards, read_object, write_shards
 from jaxpt.interop.table import Entry
 from jaxpt.models.model import Model
@@ -45,7 +47,8 @@ FLOATS = ("float32", "bfloat16", "float16")
 class Pretrained:
     """A model of Hugging Face as one of ours. Making it has read no array.
 
-    config: its dtype is bfloat16 where all arrays of the files are, else float32.
+    config: its dtype is bfloat16 where all arrays of the files are, else float32; its matrices are
+      dense, unless the folder has the factors that we wrote.
     raw: config.json.
     """
 
@@ -55,6 +58,7 @@ class Pretrained:
     vocab_size: int
     raw: Mapping[str, Any]
     shards: Shards
+    factors: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def model(self) -> Model:
         """The config, built."""
@@ -68,7 +72,8 @@ class Pretrained:
             stacked or not, the parameters' type, how far the vocabulary is padded.
         """
         model = Model(config or self.config, self.vocab_size)
-        return gathered(model, _load(self.family, model, self.shards))
+        dense = dense_model(config or self.config, self.vocab_size)
+        return gathered(model, {**_load(self.family, dense, self.shards), **self.factors})
 
 
 def read(folder: str | os.PathLike) -> Pretrained:
@@ -92,7 +97,10 @@ def read(folder: str | os.PathLike) -> Pretrained:
     config = dataclasses.replace(config, dtype="bfloat16" if only_bfloat16 else "float32")
     model = Model(config, vocab_size)
     _load(family, model, shards)  # views alone: nothing is read
-    return Pretrained(folder, family, config, vocab_size, raw, shards)
+    factors: Mapping[str, np.ndarray] = {}
+    if (folder / FACTORS).is_file():
+        config, factors = read_factors(folder, config, vocab_size)
+    return Pretrained(folder, family, config, vocab_size, raw, shards, factors)
 
 
 def family_of(raw: Mapping[str, Any]) -> Family:
@@ -122,7 +130,11 @@ def _load(family: Family, model: Model, shards: Shards) -> dict[str, np.ndarray]
     found = {}
     for entry in table:
         wanted = [shapes[path] for path in entry.ours]
-        arrays = entry.load([shards[name] for name in entry.theirs], wanted)
+        try:
+            arrays = entry.load([shards[name] for name in entry.theirs], wanted)
+        except (ValueError, IndexError) as error:  # of other axes altogether
+            names = " and ".join(f"{name} {shards.shape(name)}" for name in entry.theirs)
+            raise DataError(f"{shards.folder}: {names} does not fit ({error})") from None
         for path, array, shape in zip(entry.ours, arrays, wanted, strict=True):
             if array.shape != shape:
                 names = " and ".join(f"{name} {shards.shape(name)}" for name in entry.theirs)
@@ -167,6 +179,7 @@ def write(
     family: str | None = None,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    keep_factors: bool = False,
 ) -> Family:
     """Writes a folder that transformers loads; it appears when it is complete.
 
@@ -178,6 +191,7 @@ def write(
       family: a ``model_type``; None: the first that has such a model.
       dtype: float32 or bfloat16; None: that of the parameters.
       shard_bytes: files are no longer.
+      keep_factors: write the parameters of matrices that are not held dense too: see ``factors``.
 
     Returns:
       The family that it was written as.
@@ -201,6 +215,8 @@ def write(
     ids = special_ids(_config(model), None if tokenizer is None else tokenizer.vocabulary, config)
     with appearing(out) as folder:
         write_shards(folder, _saved(table, held, jnp.dtype(dtype)), shard_bytes)
+        if keep_factors:
+            write_factors(folder, model, params)
         if tokenizer is not None:
             tokenizers.write(folder, tokenizer, _config(model).kind)
         write_json(folder / GENERATION, {n: i for n, i in ids.items() if i is not None})

@@ -73,7 +73,7 @@ class Bert(Family):
             tied=True,
             output_bias=True,
             head_transform=True,
-            token_types=fields.integer("type_vocab_size", 2),
+            token_types=fields.integer("type_vocab_size", 2, least=0),
             dropout=float(fields.get("hidden_dropout_prob", 0.1)),
         )
 
@@ -155,7 +155,7 @@ class Roberta(Bert):
         return "gelu"
 
     def _positions(self, fields: Fields) -> Learned:
-        offset = fields.integer("pad_token_id", 1) + 1
+        offset = fields.integer("pad_token_id", 1, least=0) + 1
         rows = fields.integer("max_position_embeddings", 512)
         return Learned(rows - offset, offset=offset)
 

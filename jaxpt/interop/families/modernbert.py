@@ -88,7 +88,7 @@ class ModernBert(Family):
             kinds = [LOCAL if i % every else GLOBAL for i in range(depth)]
         if len(kinds) != depth or not {*kinds} <= {GLOBAL, LOCAL}:
             raise ConfigError("layer_types", f"{kinds} does not say {GLOBAL} or {LOCAL} of each")
-        reach = fields.integer("local_attention", 128) // 2 + 1
+        reach = fields.integer("local_attention", 128, least=0) // 2 + 1
         return tuple(reach if kind == LOCAL else None for kind in kinds)
 
     def _bases(self, fields: Fields) -> tuple[float, float]:
