@@ -323,7 +323,6 @@ SPLITS = {
     "batch over two axes": (Split(batch=("data", "tensor")), "xla"),
     "context": (Split(batch="data", length="tensor"), "xla"),
     "kernels": (Split(batch="data", heads="tensor"), "pallas_tpu_interpret"),
-    "context by kernels": (Split(batch="data", length="tensor"), "pallas_tpu_interpret"),
     "ring": (Split(batch="data", length="tensor", ring=True), "xla"),
     "ring by kernels": (Split(batch="data", length="tensor", ring=True), "pallas_tpu_interpret"),
 }
@@ -414,6 +413,8 @@ def test_a_ring_says_what_it_does_not_serve():
         ring(q, q, q, bias=jnp.zeros((8, 8)))
     with pytest.raises(NotImplementedError, match="reference"):
         ring(q, q, q, implementation="reference")
+    with pytest.raises(ValueError, match="prefix"):
+        ring(q, q, q, prefix=jnp.ones((1, 8), int))
     with pytest.raises(ValueError, match="length of keys 9"):
         ring(q, *[jnp.zeros((1, 9, 1, 4))] * 2)
     with pytest.raises(NotImplementedError, match="second derivative"):

@@ -87,7 +87,7 @@ def attention(
         raise NotImplementedError(f"implementation={implementation!r} is none of: {known}")
     if segments is not None and kv_segments is None:
         kv_segments = segments
-    _check(q_BTNH, k_BSKH, v_BSKH, causal, prefix, segments, kv_segments, window)
+    check(q_BTNH, k_BSKH, v_BSKH, causal, prefix, segments, kv_segments, window)
     arguments = {
         "causal": causal,
         "prefix": prefix,
@@ -171,7 +171,8 @@ def _chosen(implementation: str, reason: str) -> str:
     return implementation
 
 
-def _check(q, k, v, causal, prefix, segments, kv_segments, window) -> None:
+def check(q, k, v, causal, prefix, segments, kv_segments, window) -> None:
+    """Raises ValueError where these arguments of ``attention`` do not fit each other."""
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise ValueError(f"q, k and v have 4 axes each; got {q.shape}, {k.shape}, {v.shape}")
     batch, queries, heads, width = q.shape

@@ -131,8 +131,12 @@ def _round(mesh: Mesh, split: Split, arguments: dict, q, k, v, bias, rows, dropo
     implementation = options.pop("implementation", None)
     scale = options.pop("scale", None)
     options["scale"] = q.shape[-1] ** -0.5 if scale is None else scale
-    place = Consecutive(0, q.shape[1])  # as those of the parts are
-    asked = dict.fromkeys(ROWS) | {"positions": place} | rows | options
+    asked: dict[str, Any] = dict.fromkeys(ROWS) | rows | options
+    names = ("causal", "prefix", "segments", "kv_segments", "window")
+    api.check(q, k, v, *(asked[name] for name in names))
+    for place, x in (("positions", q), ("kv_positions", k)):
+        if asked[place] is None:
+            asked[place] = Consecutive(0, x.shape[1])  # as those of the parts are
     asked |= {"bias": bias, "dropout": dropout}
     name = implementation or api.fastest(q, k, v, asked)
     if name not in PREPARE:
