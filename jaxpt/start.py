@@ -94,6 +94,9 @@ def _of_hugging_face(folder: Path, model: ModelConfig) -> Start:
     own = Model(config, found.vocab_size)
 
     def read(layout: Layout) -> Params:
-        return jax.device_put(found.params(config), own.shardings(layout))
+        def put(array, sharding):  # each process reads what its devices get
+            return jax.make_array_from_callback(array.shape, sharding, lambda at: array[at])
+
+        return jax.tree.map(put, found.params(config), own.shardings(layout))
 
     return Start(own, read)

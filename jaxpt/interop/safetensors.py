@@ -108,10 +108,8 @@ class SafeTensors(Mapping[str, np.ndarray]):
             raise self._wrong(f"{name} has shape {shape} and data_offsets {offsets}")
         dtype = np.dtype(DTYPES[row["dtype"]])
         nbytes = math.prod(shape) * dtype.itemsize
-        if len(offsets) != 2 or offsets[1] - offsets[0] != nbytes or offsets[1] > self._data:
-            raise self._wrong(
-                f"{name} of {nbytes} bytes cannot lie at {offsets} of the {self._data} there are"
-            )
+        if len(offsets) != 2 or offsets[1] - offsets[0] != nbytes:
+            raise self._wrong(f"{name} of {nbytes} bytes cannot lie at {offsets}")
         return dtype, tuple(shape), *offsets
 
     def _no_twins(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
