@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxpt.mesh import active_layout
 from kernels.platform import platform
 
-CHUNK = 128  # sorted rows that one small product adds up
+CHUNK = 32  # sorted rows that are added up each with each
 
 
 @jax.custom_vjp
@@ -79,13 +79,13 @@ def summed(g: jax.Array, ids: jax.Array, rows: int) -> jax.Array:
     pad = -len(ids) % CHUNK
     ids_MC = jnp.pad(ids[order], (0, pad), constant_values=rows).reshape(-1, CHUNK)
     g_MCD = jnp.pad(g[order], ((0, pad), (0, 0))).reshape(*ids_MC.shape, -1)
-    # Within a chunk of sorted rows: the sum of each run of equal ids, by a product with ones.
+    # Within a chunk of sorted rows the sum of each run of equal ids. (No product of matrices: for
+    # those XLA reserves work space on GPUs.)
     begins = jnp.pad(ids_MC[:, 1:] != ids_MC[:, :-1], ((0, 0), (1, 0)))
     run_MC = jnp.cumsum(begins, axis=1)
-    member = (run_MC[:, None] == jnp.arange(CHUNK)[:, None]).astype(g.dtype)
-    sums_MCD = jnp.einsum(
-        "mrc,mcd->mrd", member, g_MCD, precision="highest", preferred_element_type=jnp.float32
-    )
+    member = run_MC[:, None] == jnp.arange(CHUNK)[:, None]
+    wide = g_MCD[:, None].astype(jnp.float32)
+    sums_MCD = jnp.sum(jnp.where(member[..., None], wide, 0), axis=2)
     # The last run of a chunk may go on in the next, and, where that is all of one id, further:
     # what follows chunk m is  tail[m] = first[m + 1] + through[m + 1] tail[m + 1].
     goes_on = jnp.pad(ids_MC[1:, 0] == ids_MC[:-1, -1], (1, 0))
