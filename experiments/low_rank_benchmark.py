@@ -103,8 +103,8 @@ ARMS = (
     Arm("full", values=PLAIN),
     Arm("low_rank", weights(LowRank(RANK)), PLAIN),
     Arm("sltrain", weights(SparsePlusLowRank(RANK, 16.0, Grouped(32))), PLAIN),
-    # At the rate that "sltrain" has chosen: nothing but the support is to differ. (Chosen for itself
-    # it was 1e-2, by 0.05 nats in the one run, where one seed of three then diverged.)
+    # At the rate that "sltrain" has chosen: nothing but the support is to differ. (Its own choice
+    # was 1e-2, better by 0.05 nats in the one run, at which one seed of three then diverged.)
     Arm("sltrain_uniform", weights(SparsePlusLowRank(RANK, 16.0, Uniform(1 / 32)))),
     Arm("relora", relora, PLAIN),
     Arm("galore", optimizer(GaLore), PROJECTED),
