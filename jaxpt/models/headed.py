@@ -81,6 +81,6 @@ def headed(pretrained: Transformer, classes: int, **changes: Any) -> Headed:
     fields: dict[str, Any] = {
         f.name: getattr(pretrained, f.name) for f in dataclasses.fields(Transformer)
     }
-    fields |= {"tied": False, "output_bias": False, "head_transform": False, "logit_softcap": None}
-    fields |= {"classes": classes} | changes
+    fields.update(tied=False, output_bias=False, head_transform=False, logit_softcap=None)
+    fields.update(changes, classes=classes)
     return Headed(**fields)
