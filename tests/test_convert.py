@@ -15,7 +15,17 @@ from jaxpt.config import codec
 from jaxpt.errors import ConfigError
 from jaxpt.growth import Convert, Transition
 from jaxpt.state import flatten
-from jaxpt.weights import Dense, Grouped, LoRA, LowRank, SparsePlusLowRank, Uniform
+from jaxpt.weights import (
+    Blocks,
+    BlockSparse,
+    Dense,
+    Grouped,
+    LoRA,
+    LowRank,
+    LowRankPlusBlockSparse,
+    SparsePlusLowRank,
+    Uniform,
+)
 from jaxpt.weights.module import merge, split
 
 D_IN, D_OUT = 12, 20
@@ -25,6 +35,8 @@ EXACT = {
     LowRank(99): 1e-5,
     SparsePlusLowRank(99, 24.0, Grouped(4)): 1e-5,
     SparsePlusLowRank(99, 24.0, Uniform(0.2)): 1e-5,
+    BlockSparse(1.0, Blocks(5, 8)): 0.0,
+    LowRankPlusBlockSparse(99, 24.0, 0.2, Blocks(4, 4)): 1e-5,
     LoRA(3, 6.0): 0.0,
     LoRA(3, 6.0, "8bit"): 1 / 254 + 1e-5,
 }
