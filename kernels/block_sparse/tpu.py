@@ -226,12 +226,19 @@ def _outer_kernel(plan: Plan, each: int, block, rows, columns, x_t, g, out) -> N
     def _():
         out[...] = jnp.zeros_like(out)
 
-    def one(k, _):
+    def one(k):
         row = pl.multiple_of(rows[i * each + k], bi)
         column = pl.multiple_of(columns[i * each + k], bo)
         out[k] += _dot(x_t[pl.ds(row, bi), :], g[:, pl.ds(column, bo)])
 
-    lax.fori_loop(0, each, one, None, unroll=UNROLL)
+    def some(turn, _):
+        for k in range(UNROLL):
+            one(turn * UNROLL + k)
+
+    whole = each // UNROLL  # (by hand: JAX 0.7's kernels unroll a loop wholly or not at all)
+    lax.fori_loop(0, whole, some, None)
+    for k in range(whole * UNROLL, each):
+        one(k)
 
 
 def _tile(plan: Plan, tokens: int, fixed: int, token: int) -> int:
