@@ -75,7 +75,7 @@ def costs(results: dict[str, Any]) -> list[dict[str, str]]:
         rows.append(
             {
                 "arm": arm["name"],
-                **({str(results["tuned"]): f"{one['value']:g}"} if results["tuned"] else {}),
+                **({str(results["tuned"]): _tuned(one["value"])} if results["tuned"] else {}),
                 "loss": spread(interval([number(run["loss"]) for run in own])),
                 f"less {first}": apart,
                 "trained parameters": f"{one['parameters']:,}",
@@ -87,6 +87,10 @@ def costs(results: dict[str, Any]) -> list[dict[str, str]]:
             }
         )
     return rows
+
+
+def _tuned(value: float | None) -> str:
+    return "the base's" if value is None else f"{value:g}"
 
 
 def _megabytes(value: float | None) -> str:

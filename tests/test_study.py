@@ -184,6 +184,8 @@ def test_a_study_runs_resumes_and_reports(small, tmp_path, capsys, trained):
         "`python -m experiments.small --quick`, 2026-11-02, commit commit0 and commit1, ",
     ):
         assert words in page
+    results["runs"][2]["value"] = None  # of an arm that has no values of its own
+    assert [row["optimizer.lr"] for row in reports.costs(results)] == ["0.001", "the base's"]
 
     other = dataclasses.replace(small, base=small.base.replace(**{"model.width": 32}))
     with pytest.raises(ConfigError, match=r"with other choices \(model.width\)"):
