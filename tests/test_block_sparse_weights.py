@@ -1,10 +1,13 @@
 """Weights held as blocks, and as two of every four: what they stand for, how supports change."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_low_rank import AXES, build
+from test_low_rank import AXES
+from test_low_rank import build as build_weight
 from test_sparse_training import sparse_run, stepped
 from test_steps import host_batches, program_of
 from weight_cases import Matrices, matrices
@@ -30,6 +33,7 @@ from jaxpt.weights.base import replaced
 from jaxpt.weights.two_four import pack, unpack
 
 D_IN, D_OUT = 16, 20
+build: Any = build_weight
 EVEN = BlocksInParts(4, 5, 1, 0)
 SPARSE = [
     BlockSparse(0.3, Blocks(5, 8)),  # blocks that reach beyond both edges
