@@ -147,7 +147,8 @@ def rows(objective, cases, length=24):
     features = objective.build(VOCABULARY, length=length, target_length=None)
     encoder = features.encoder(TOKENIZER)
     made = [features.example(encoder.encode(case), 0, RNG) for case in cases]
-    packer = features.packer(Packer(length, extra=features.extra))
+    # A pad id that is no class and no place.
+    packer = features.packer(Packer(length, pad=200, extra=features.extra))
     assert not packer.pack
     filled = packer.fill(made, packer.sizes(made), np.arange(len(made)))
     spare = packer.empty(1)

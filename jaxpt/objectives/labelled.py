@@ -160,7 +160,8 @@ class HeadObjective(Judged, Objective):
         """Cross-entropy of ``targets`` where there is a ``weight``, in nats; "accuracy"."""
         logits_BTC, weights_BT = logits(model, batch, key), batch["weights"].astype(jnp.float32)
         log_probs_BTC = jax.nn.log_softmax(logits_BTC[..., : self.classes])
-        targets_BT = batch["targets"]
+        # Padding is the pad id, which need not be a class; where no weight is, nothing is meant.
+        targets_BT = jnp.where(weights_BT > 0, batch["targets"], 0)
         loss_BT = -jnp.take_along_axis(log_probs_BTC, targets_BT[..., None], axis=-1)[..., 0]
         right_BT = jnp.argmax(log_probs_BTC, axis=-1) == targets_BT
         count = weights_BT.sum()

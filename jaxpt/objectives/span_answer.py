@@ -48,6 +48,7 @@ class SpanAnswer(HeadObjective):
         log_probs_BT2 = jax.nn.log_softmax(_masked(logits(model, batch, key), batch), axis=1)
         rows_B = batch["weights"][:, 0].astype(jnp.float32)  # 0 in rows of padding
         places_B2 = jnp.stack([batch["targets"][:, 0], batch["ends"][:, 0]], 1)
+        places_B2 = jnp.where(rows_B[:, None] > 0, places_B2, 0)
         picked_B2 = jnp.take_along_axis(log_probs_BT2, places_B2[:, None], axis=1)[:, 0]
         right_B = (jnp.argmax(log_probs_BT2, axis=1) == places_B2).all(-1)
         # Rows of padding have no text: their softmax is over the first position alone.
