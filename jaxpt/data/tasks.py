@@ -60,7 +60,9 @@ def _glue(name: str, features, labels, metrics=("accuracy",), *, pair=None, **mo
     return Entry(names, more.pop("prefix", name), features, labels, metrics, pair or features)
 
 
-def _super(name: str, features, labels, metrics=("accuracy",), *, pair=(), kind="plain") -> Entry:
+def _super(
+    name: str, features, labels, metrics=("accuracy",), *, pair=(), kind: Kind = "plain"
+) -> Entry:
     names = Names(f"super_glue/{name}", ("aps/super_glue", name))
     return Entry(names, name.partition(".")[0], features, labels, metrics, pair, kind)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxpt.errors import ConfigError
 from jaxpt.state import Params, flatten
@@ -99,7 +100,7 @@ def check(states: Sequence[Params]) -> None:
                     f"states.{i}", f"at {path} it has {b}, and the first has {a}; no mean of these"
                 )
             floating = jnp.issubdtype(first[path].dtype, jnp.floating)
-            if floating or isinstance(first[path], jax.core.Tracer):
+            if floating or isinstance(first[path], Tracer):
                 continue
             if not bool((first[path] == own[path]).all()):
                 raise ConfigError(
