@@ -151,7 +151,7 @@ def _times_kernel(plan, each, block, ends, words, ids, x, blocks, y, acc, ws, ar
         for start in range(0, plan.tokens, plan.sizes.chunk):
             rows = slice(start, start + plan.sizes.chunk)
             parts = jnp.concatenate([part(k, rows) for k in range(count)], axis=1)
-            new = _dot(parts, w, NT if plan.turned else NN)
+            new = _dot(plan, parts, w, NT if plan.turned else NN)
             acc[rows] = jnp.where(s == begin, 0.0, acc[rows]) + new
 
     @pl.when(c == 0)
@@ -229,7 +229,7 @@ def _outer_kernel(plan: Plan, each: int, block, rows, columns, x_t, g, out) -> N
     def one(k):
         row = pl.multiple_of(rows[i * each + k], bi)
         column = pl.multiple_of(columns[i * each + k], bo)
-        out[k] += _dot(x_t[pl.ds(row, bi), :], g[:, pl.ds(column, bo)])
+        out[k] += _dot(plan, x_t[pl.ds(row, bi), :], g[:, pl.ds(column, bo)])
 
     def some(turn, _):
         for k in range(UNROLL):
@@ -255,7 +255,9 @@ def _whole(x, axis: int):
     return jnp.pad(x, widths) if widths[axis][1] else x
 
 
-def _dot(a, b, dims=NN):
+def _dot(plan: Plan, a, b, dims=NN):
+    if plan.interpret:  # CPUs have no product of bfloat16 into float32 at every level of XLA's
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 

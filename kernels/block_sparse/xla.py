@@ -61,7 +61,7 @@ def outer(x, g, places: Places, block: tuple[int, int], dtype) -> jax.Array:
             row = places.rows[steps.ids[s]] * bi
             parts = [lax.dynamic_slice_in_dim(x_t, row[k], bi, 0) for k in range(each)]
             some = lax.dynamic_slice_in_dim(g, steps.column[s] * bo, bo, 1)
-            new = _dot(jnp.concatenate(parts), some, dtype).reshape(each, bi, bo)
+            new = _dot(jnp.concatenate(parts), some, dtype).astype(dtype).reshape(each, bi, bo)
             # What a step has too many, the next one writes over.
             return lax.dynamic_update_slice_in_dim(found, new, steps.first[s], 0)
 
