@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--target-length", type=int, default=512)
-    parser.add_argument("--remat", default="none")
+    parser.add_argument("--remat", default="elementwise")
     parser.add_argument("--by", choices=IMPLEMENTATIONS, help="one alone; prints JSON")
     args = parser.parse_args(argv)
     if args.by:

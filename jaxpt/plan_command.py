@@ -16,7 +16,7 @@ from jaxpt.files import dumps
 from jaxpt.plan import DoesNotFit, Plan, devices_of, plan, program_on
 from jaxpt.run import Run
 
-REMATS = ("none", "dots", "full")
+REMATS = ("none", "elementwise", "dots", "full")
 MOST_TENSOR = 8  # devices over which a search cuts single matrices
 
 

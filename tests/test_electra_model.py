@@ -92,7 +92,9 @@ def test_the_discriminator_goes_on_alone():
         np.testing.assert_array_equal(after.bind(kept)(data), want)
     with pytest.raises(ConfigError, match=r"lm_head/w is .* no such tensor"):
         Keep("discriminator").validate(model, after)
-    with pytest.raises(ConfigError, match="no network 'encoder'; known: 'discriminator'"):
+    with pytest.raises(
+        ConfigError, match="no network 'encoder'; known: 'discriminator', 'generator'"
+    ):
         Keep("encoder").validate(model, after)
     with pytest.raises(ConfigError, match="matches no parameter"):
         Keep("discriminator", fresh=("lm_head*", "tail")).validate(model, after)

@@ -334,7 +334,7 @@ def test_rows_alone_layer_by_layer_on_eight_devices(tmp_path):
 
 
 def test_layer_by_layer_the_norms_take_little_memory(tmp_path):
-    """The backward pass that finds them keeps one array of each layer, and not ten."""
+    """The backward pass that finds them keeps one array of each layer, and not a dozen."""
     program = program_of(held_as(tmp_path, ROWS["top"], rows=True))
     (batch,) = host_batches(program, program.run, 1)
     loss = loss_function(program.model, program.phase.objective)
@@ -351,7 +351,7 @@ def test_layer_by_layer_the_norms_take_little_memory(tmp_path):
 
     params = program.model.abstract()
     assert kept(_sparing(loss)) == 1
-    assert kept(loss) > 10
+    assert kept(loss) > 12
 
 
 def test_configs_round_trip_and_wrong_choices_are_named():

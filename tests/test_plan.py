@@ -219,7 +219,9 @@ def test_a_search(tmp_path, monkeypatch, capsys):
         if mesh["tensor"] > 1:
             raise plans.DoesNotFit("Used 20G of 15G hbm")
         peak = 10**12 if model.remat == "none" and mesh["data"] > 1 else 10**9
-        slower = {"none": 1, "dots": 2, "full": 3}[model.remat] * (1 + mesh["data"])
+        slower = {"none": 1, "elementwise": 1.5, "dots": 2, "full": 3}[model.remat] * (
+            1 + mesh["data"]
+        )
         return plan_of(operations=slower * 1e12, arguments=peak, tokens=program.phase.batch)
 
     monkeypatch.setattr(plan_command, "plan", planned)

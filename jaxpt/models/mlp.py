@@ -11,6 +11,7 @@ from flax import nnx
 
 from jaxpt.errors import ConfigError
 from jaxpt.mesh import constrain
+from jaxpt.models.recompute import recomputed
 from jaxpt.weights.base import Scope
 from jaxpt.weights.init import Constant, FanIn
 
@@ -89,8 +90,6 @@ class MLPModule(nnx.Module):
         names = ("gate", "up") if self.config.gated else ("up",)
         hidden = [project(self, name, x_BTD) for name in names]
 
-        # The backward pass keeps what the first products gave and computes the rest again: an
-        # activation would keep half a dozen arrays of this size.
         def down(first, *others):
             h = activation(first)
             for other in others:
@@ -98,4 +97,4 @@ class MLPModule(nnx.Module):
             h = constrain(h, "batch", "length", "mlp")
             return project(self, "down", dropout(h, self.config.dropout, key))
 
-        return jax.checkpoint(down, prevent_cse=False)(*hidden)
+        return recomputed(down)(*hidden)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxpt.errors import ConfigError
+from jaxpt.models.recompute import recomputed
 from jaxpt.weights.base import Scope
 from jaxpt.weights.init import Constant
 
@@ -55,12 +56,11 @@ def _positive(epsilon: float) -> None:
 
 
 def _from_input(call):
-    """A norm's ``__call__`` of which the backward pass keeps the input alone, in its own dtype,
-    and computes again what it needs in float32."""
+    """A norm's ``__call__``, of which remat may keep the input alone, in its own dtype."""
 
     @functools.wraps(call)
     def run(self, x):
-        return jax.checkpoint(functools.partial(call, self), prevent_cse=False)(x)
+        return recomputed(functools.partial(call, self))(x)
 
     return run
 

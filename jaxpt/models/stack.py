@@ -20,6 +20,7 @@ from jaxpt.models.attention import AttentionModule, Rule
 from jaxpt.models.cache import Cache
 from jaxpt.models.mlp import dropout
 from jaxpt.models.position import BiasTable, RelativeBias
+from jaxpt.models.recompute import elementwise
 from jaxpt.models.transformer import Transformer
 from jaxpt.weights.base import Scope
 
@@ -220,6 +221,13 @@ class Layers(nnx.Module):
 
         if self.config.remat == "none" or not remat:
             return apply
+        if self.config.remat == "elementwise":
+
+            def sparing(*args):
+                with elementwise(prevent_cse=not self.config.scan):
+                    return apply(*args)
+
+            return sparing
         # Inside a scan nothing can be merged with the forward pass, so no barrier is needed.
         return jax.checkpoint(
             apply, policy=_POLICIES[self.config.remat], prevent_cse=not self.config.scan

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Placement = Literal["pre", "post", "after", "sandwich"]
 Projection = Literal["in", "in_and_out"]
-Remat = Literal["none", "full", "dots", "dots_no_batch", "branches"]
+Remat = Literal["none", "elementwise", "full", "dots", "dots_no_batch", "branches"]
 DType = Literal["float32", "bfloat16"]
 
 
@@ -65,7 +65,8 @@ class Transformer(ModelConfig):
     inner_positions: int = 0
     dropout: float = 0.0  # rate on embeddings and on what each branch adds
     scan: bool = True  # stack layers and scan over them; False: unrolled, faster, compiles longer
-    remat: Remat = "none"  # what the backward pass recomputes: nothing, everything but ...
+    # what the backward pass recomputes: nothing, norms and activations alone, everything but ...
+    remat: Remat = "none"
     compute: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16, on CPU float32
     dtype: DType = "float32"  # of the parameters
     vocab_multiple: int = 128  # the vocabulary's rows are padded up to a multiple of this
@@ -83,7 +84,7 @@ class Transformer(ModelConfig):
             ("kind", ("decoder", "encoder", "encoder_decoder")),
             ("placement", ("pre", "post", "after", "sandwich")),
             ("embedding_projection", ("in", "in_and_out")),
-            ("remat", ("none", "full", "dots", "dots_no_batch", "branches")),
+            ("remat", ("none", "elementwise", "full", "dots", "dots_no_batch", "branches")),
             ("compute", ("auto", "float32", "bfloat16")),
             ("dtype", ("float32", "bfloat16")),
         ):
