@@ -75,7 +75,7 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What one device moves in a step.
+    """What one device moves in a step. Of conditionals every branch counts.
 
     bytes: read from memory and written to it, each operation by itself: what stays in caches is
       not known of.

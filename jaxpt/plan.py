@@ -75,6 +75,8 @@ class Plan:
     moved: between memory and cores.
     collectives: exchanges with other devices.
     across: of what is sent in them, bytes that go to other hosts by a slower network.
+    loops: those whose length the compiled program does not say: what they move and exchange is
+      counted once.
     tokens: positions of a step, on all devices.
     steps: of the phase; None where that is not known beforehand.
     seconds: that the compilation took.
@@ -95,6 +97,7 @@ class Plan:
     moved: int
     collectives: tuple[Collective, ...]
     across: float
+    loops: tuple[str, ...]
     tokens: int
     steps: int | None
     seconds: float
@@ -174,6 +177,7 @@ def plan(program: Program) -> Plan:
         moved=found.bytes,
         collectives=found.collectives,
         across=found.across,
+        loops=found.loops,
         tokens=program.phase.tokens_per_step,
         steps=program.phase.total_steps,
         seconds=seconds,

@@ -122,6 +122,8 @@ def tables(title: str, found: Plan, share: float) -> Iterator[Table]:
         (found.peak, "peak" + _verdict(found)),
     ):
         memory.add_row(f"{size / 1e9:,.3f}", what)
+    if chip:
+        memory.caption = f"{chip.name}: {chip.source}"
     yield memory
     times = Table(title=f"time of a step, {found.tokens:,} positions")
     for column in ("ms", "at least, by"):
@@ -144,11 +146,11 @@ def tables(title: str, found: Plan, share: float) -> Iterator[Table]:
     else:
         times.add_row("", f"unknown: no figures for {found.device}")
     times.add_row("", f"compiled in {found.seconds:.1f} s")
+    if found.loops:
+        times.caption = f"counted once, for their length is not known: {', '.join(found.loops)}"
     yield times
     if found.collectives:
         yield _exchanges(found)
-    if chip:
-        memory.caption = f"{chip.name}: {chip.source}"
 
 
 def _exchanges(found: Plan) -> Table:

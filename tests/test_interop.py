@@ -170,7 +170,7 @@ def test_other_choices_that_cannot_be(tmp_path):
     params = params_of(model)
     for options, said in [
         ({"family": "gtp2"}, "family: 'gtp2' is unknown"),
-        ({"family": "t5"}, "model: t5 has no such model: num_layers"),
+        ({"family": "t5"}, "model.kind: t5 cannot have 'decoder', only 'encoder_decoder'"),
         ({"dtype": "int8"}, "dtype"),
     ]:
         with pytest.raises(ConfigError, match=said):

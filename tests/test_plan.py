@@ -107,7 +107,7 @@ def test_temporaries_do_not_grow_with_depth(tmp_path, package, target):
 
 def plan_of(**fields) -> plans.Plan:
     values = {field.name: 0 for field in dataclasses.fields(plans.Plan)}
-    known = {"device": "TPU v5", "devices": 1, "mesh": {"data": 1}, "collectives": ()}
+    known = {"device": "TPU v5", "devices": 1, "mesh": {"data": 1}, "collectives": (), "loops": ()}
     return plans.Plan(**values | known | fields)
 
 
@@ -190,7 +190,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
     found = plan_of(
         device="TPU v5", devices=8, mesh={"data": 8}, operations=1e15, flops=9e14, moved=10**9,
-        arguments=10**9, tokens=1000, steps=86_400,
+        arguments=10**9, tokens=1000, steps=86_400, loops=("while.7",),
         collectives=(Collective("all-reduce", ("data",), 8, 3, 10**9),),
     )  # fmt: skip
     monkeypatch.setattr(plan_command, "plan", lambda program: found)
@@ -198,7 +198,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     shown = " ".join(capsys.readouterr().out.split())
     seconds = 1e15 / 8 / (0.5 * 459e12)
     for words in (
-        "fits, 1% of 102.0", f"{1e3 * seconds:,.2f}", "bound by compute", "all-reduce",
+        "fits, 1% of 102.0", "not known: while.7",
+        "TPU v5p: https://docs.cloud.google.com", f"{1e3 * seconds:,.2f}", "bound by compute", "all-reduce",
         f"{1000 / seconds:,.0f} tokens/s", f"{seconds:,.2f} days, {24 * 8 * seconds:,.0f} chip-",
     ):  # fmt: skip
         assert words in shown, words

@@ -111,8 +111,9 @@ class T5(Family):
             "d_kv": model.head_dim,
             "d_ff": model.mlp.width or 4 * model.width,
             "num_heads": model.attention.heads,
-            "num_layers": model.depth_of_encoder,
-            "num_decoder_layers": model.depth_of_decoder,
+            # At least one each: that a model is of one stack is then seen by its kind.
+            "num_layers": model.depth_of_encoder or 1,
+            "num_decoder_layers": model.depth_of_decoder or 1,
             "feed_forward_proj": WRITTEN.get((model.mlp.activation, model.mlp.gated)),
             "dropout_rate": model.dropout,
             "is_encoder_decoder": True,
