@@ -200,7 +200,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     for words in (
         "fits, 1% of 102.0", "not known: while.7",
         "TPU v5p: https://docs.cloud.google.com", f"{1e3 * seconds:,.2f}",
-        "bound by compute", "all-reduce", f"{1000 / seconds:,.0f} tokens/s", f"{seconds:,.2f} days, {24 * 8 * seconds:,.0f} chip-",
+        "bound by compute", "all-reduce", f"{1000 / seconds:,.0f} tokens/s",
+        f"{seconds:,.2f} days, {24 * 8 * seconds:,.0f} chip-",
     ):  # fmt: skip
         assert words in shown, words
     large = dataclasses.replace(found, temporaries=10**12)
