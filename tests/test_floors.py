@@ -10,7 +10,15 @@ ROOT = pathlib.Path(__file__).parent.parent
 # The lowest floor first; a module belongs to the longest name that it starts with.
 FLOORS = (
     ("kernels",),
-    ("jaxpt", "jaxpt.errors", "jaxpt.duration", "jaxpt.files", "jaxpt.state", "jaxpt.config"),
+    (
+        "jaxpt",
+        "jaxpt.errors",
+        "jaxpt.duration",
+        "jaxpt.files",
+        "jaxpt.state",
+        "jaxpt.paths",
+        "jaxpt.config",
+    ),
     ("jaxpt.rollcall", "jaxpt.cli_flags"),
     ("jaxpt.distributed",),
     ("jaxpt.mesh", "jaxpt.hardware", "jaxpt.environment", "jaxpt.hlo", "jaxpt.operations"),

@@ -21,7 +21,7 @@ from jaxpt.layerwise import LayerwiseStep, _sparing
 from jaxpt.mesh import Mesh
 from jaxpt.objectives.base import Loss
 from jaxpt.optimizers import AdamW, Grass, Group
-from jaxpt.optimizers.paths import without_number
+from jaxpt.paths import without_number
 from jaxpt.state import TrainState, flatten, trainable, unflatten, whole
 from jaxpt.steps import loss_function, train_step
 from jaxpt.weights import Dense, FanIn, Rows

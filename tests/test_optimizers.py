@@ -34,7 +34,7 @@ from jaxpt.optimizers import (
     ReciprocalSqrt,
     StableSPAM,
 )
-from jaxpt.optimizers.paths import matches
+from jaxpt.paths import matches
 from jaxpt.state import flatten, unflatten
 from jaxpt.weights.base import Tensor
 

@@ -13,8 +13,8 @@ from test_optimizers import unstacked_table as alone_table
 from jaxpt.config import codec
 from jaxpt.errors import ConfigError
 from jaxpt.optimizers import APOLLO, AdamW, Fira, GaLore
-from jaxpt.optimizers.paths import without_number
 from jaxpt.optimizers.projection import iterated, leading, random_orthonormal
+from jaxpt.paths import without_number
 from jaxpt.state import flatten
 from jaxpt.weights.base import Tensor
 

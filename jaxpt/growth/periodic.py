@@ -17,8 +17,8 @@ import jax
 from jaxpt.errors import ConfigError
 from jaxpt.growth.average import Average
 from jaxpt.growth.base import UpdateFunction
-from jaxpt.optimizers.paths import without_number
 from jaxpt.optimizers.rules import gathered, scattered, units
+from jaxpt.paths import without_number
 from jaxpt.state import flatten, unflatten
 from jaxpt.weights.base import Product
 

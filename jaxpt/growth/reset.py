@@ -6,7 +6,7 @@ import dataclasses
 
 from jaxpt.errors import ConfigError
 from jaxpt.growth.base import Transition
-from jaxpt.optimizers.paths import known, matches
+from jaxpt.paths import known, matches
 from jaxpt.state import flatten, unflatten
 
 

@@ -15,7 +15,7 @@ from jaxpt.growth import periodic
 from jaxpt.growth.base import Update
 from jaxpt.growth.periodic import Place
 from jaxpt.optimizers.eight_bit import MOMENTS, Quantised, dequantise
-from jaxpt.optimizers.paths import known, matches
+from jaxpt.paths import known, matches
 
 Kind = Literal["zero", "magnitude", "random"]
 KINDS: tuple[Kind, ...] = ("zero", "magnitude", "random")

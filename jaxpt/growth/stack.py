@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxpt.errors import ConfigError
 from jaxpt.growth.base import Transition
-from jaxpt.optimizers.paths import known, matches
+from jaxpt.paths import known, matches
 from jaxpt.state import flatten, unflatten
 
 Order = Literal["stack", "interleave"]

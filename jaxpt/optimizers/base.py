@@ -19,10 +19,10 @@ import optax
 from jaxpt.errors import ConfigError
 from jaxpt.optimizers.eight_bit import in_eight_bits
 from jaxpt.optimizers.groups import Group, Tensors, Treatment, resolve
-from jaxpt.optimizers.paths import map_with_path
 from jaxpt.optimizers.rounding import rounded
 from jaxpt.optimizers.rules import Rule, by_tensor, gathered, of_optax, one_layer
 from jaxpt.optimizers.schedules import Constant, InSteps, Schedule, StepFunction
+from jaxpt.paths import map_with_path
 from jaxpt.state import Params, whole
 from jaxpt.weights.base import Tensor
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from jaxpt.errors import ConfigError
-from jaxpt.optimizers.paths import known, matches
+from jaxpt.paths import known, matches
 from jaxpt.weights.base import Tensor
 
 Tensors = Mapping[str, Tensor]  # the model's table: parameter path -> shape, axes, weight type

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxpt.optimizers.groups import Tensors
-from jaxpt.optimizers.paths import without_number
+from jaxpt.paths import without_number
 from jaxpt.state import flatten
 from jaxpt.weights.base import Tensor
 

@@ -27,8 +27,8 @@ from jaxpt.growth import periodic
 from jaxpt.growth.base import Update
 from jaxpt.growth.periodic import Flat, Place
 from jaxpt.optimizers.eight_bit import MOMENTS, Quantised, dequantise, quantise
-from jaxpt.optimizers.paths import without_number
 from jaxpt.optimizers.rules import one_layer
+from jaxpt.paths import without_number
 from jaxpt.state import flatten, unflatten
 from jaxpt.weights import Dense
 from jaxpt.weights.base import Tensor, Weight
