@@ -125,22 +125,23 @@ def low_rank(name: Name) -> Run:
     return pretraining(name, adam(lr), LowRank(SIZES[name].rank, init="spectral"))
 
 
-def sltrain(name: Name) -> Run:
+def sltrain(name: Name, stored: bool = True) -> Run:
     """A product of two factors plus a sparse matrix (Han et al. 2024, scripts and table 2).
 
     Density 0.03 (here 1 / 32) and 0.05 at 7B. Their runs are a tenth longer, in which the learning
     rate rises.
     """
     alpha = {"60m": 32.0, "130m": 16.0, "350m": 16.0, "1b": 8.0, "7b": 8.0}[name]
-    support = Grouped(20 if name == "7b" else 32)
+    support = Grouped(20 if name == "7b" else 32, stored)
     return pretraining(name, adam(3e-3), SparsePlusLowRank(SIZES[name].rank, alpha, support))
 
 
 def sltrain_8bit(name: Name) -> Run:
-    """SLTrain with moments in 8 bits and layers updated one by one (Han et al. 2024, section 5.2):
-    the least memory."""
+    """SLTrain with moments in 8 bits and layers updated one by one (Han et al. 2024, section 5.2),
+    and a support that is drawn again at every use: the least memory."""
     optimizer = dataclasses.replace(adam(3e-3), clip=SIZES[name].clip, state_dtype="8bit")
-    return sltrain(name).replace(optimizer=optimizer, step=LayerwiseStep())
+    run = sltrain(name, stored=False)
+    return run.replace(optimizer=optimizer, step=LayerwiseStep())
 
 
 def relora(name: Name) -> Run:

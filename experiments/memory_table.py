@@ -6,8 +6,9 @@ The settings are those of ``configs/llama_SIZE_METHOD.py``, in bfloat16, at batc
 positions, as the papers' figures are. Where all layers are updated at once, states are bfloat16 and
 every layer's activations are computed again in the backward pass. 13B is as 7B, with LLaMA 13B's
 sizes. Of one device: parameters, optimizer state, what the compiler adds for a while (gradients
-too), and the peak, which is all of it. Work space that libraries take while they run (of a
-decomposition on a GPU, say) the compiler does not know of.
+too), and the peak, which is all of it. "no indices": the support is drawn again, from a key, at
+every use. Work space that libraries take while they run (of a decomposition on a GPU, say) the
+compiler does not know of.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ class Method:
 
     run: size of the model -> its config; the last phase counts.
     layers: whether layers are updated one by one, with moments in 8 bits.
-    group: of the sparse part, where it is not the config's.
+    support: of the sparse part, where it is not the config's.
     """
 
     run: Callable[[Any], Run]
     layers: bool = False
-    group: int | None = None
+    support: Grouped | None = None
 
 
 METHODS = {
@@ -55,10 +56,14 @@ METHODS = {
     "low rank": Method(_llama.low_rank),
     "low rank, 8 bit, per layer": Method(_llama.low_rank, layers=True),
     "LORO": Method(_llama.loro),
-    "SLTrain 1/32": Method(_llama.sltrain, group=32),
-    "SLTrain 1/20": Method(_llama.sltrain, group=20),
-    "SLTrain 1/32, 8 bit, per layer": Method(_llama.sltrain, layers=True, group=32),
-    "SLTrain 1/20, 8 bit, per layer": Method(_llama.sltrain, layers=True, group=20),
+    "SLTrain 1/32": Method(_llama.sltrain, support=Grouped(32)),
+    "SLTrain 1/20": Method(_llama.sltrain, support=Grouped(20)),
+    "SLTrain 1/32, 8 bit, per layer": Method(_llama.sltrain, layers=True, support=Grouped(32)),
+    "SLTrain 1/20, 8 bit, per layer": Method(_llama.sltrain, layers=True, support=Grouped(20)),
+    "SLTrain 1/32, 8 bit, per layer, no indices": Method(
+        _llama.sltrain, layers=True, support=Grouped(32, stored=False)
+    ),
+    "SLTrain 1/20, 8 bit, per layer, no indices": Method(_llama.sltrain_8bit, layers=True),
     "ReLoRA": Method(_llama.relora),
     "GaLore": Method(_llama.galore),
     "GaLore, 8 bit, per layer": Method(_llama.galore, layers=True),
@@ -83,8 +88,8 @@ def run_of(method: Method, model: str) -> Run:
         large = presets.llama_13b()
         sizes = {f: getattr(large, f) for f in ("width", "layers", "attention", "mlp")}
         config = dataclasses.replace(config, **sizes)
-    if method.group is not None:
-        config = dataclasses.replace(config, weights=grouped(config.weights, method.group))
+    if method.support is not None:
+        config = dataclasses.replace(config, weights=supported(config.weights, method.support))
     config = dataclasses.replace(
         config,
         compute="bfloat16",
@@ -104,10 +109,10 @@ def run_of(method: Method, model: str) -> Run:
     return dataclasses.replace(run, model=config, phases=(phase,))
 
 
-def grouped(weights: tuple, size: int) -> tuple:
-    """The same weights, with one entry of every ``size`` in the sparse parts."""
+def supported(weights: tuple, support: Grouped) -> tuple:
+    """The same weights, with this support in the sparse parts."""
     return tuple(
-        (pattern, dataclasses.replace(weight, support=Grouped(size)))
+        (pattern, dataclasses.replace(weight, support=support))
         if hasattr(weight, "support")
         else (pattern, weight)
         for pattern, weight in weights

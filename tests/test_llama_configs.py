@@ -133,8 +133,9 @@ def test_restarts_end_where_the_run_does():
         assert run.phases[1].steps == 3 * restart.every
 
 
-def test_the_8_bit_one_is_per_layer():
-    run, plain = load(FOLDER / "llama_7b_sltrain_8bit.py"), LLAMA.sltrain("7b")
+def test_the_8_bit_one_is_per_layer_and_keeps_no_indices():
+    run = load(FOLDER / "llama_7b_sltrain_8bit.py")
+    plain = LLAMA.sltrain("7b", stored=False)
     (phase,) = run.phases
     assert isinstance(phase.step, LayerwiseStep)
     assert phase.optimizer.state_dtype == "8bit"
