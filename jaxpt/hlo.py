@@ -23,7 +23,13 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _NAME = re.compile(r"%([\w.\-]+)")
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+# A mesh of its own, with the devices in some order, and those of its axes along which groups lie.
+_MESH = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^()]*(?:\([\d,]+\))?)\))? \{([^}]*)\}"
+)
+_TURNED = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?$")
 _PAIRS = re.compile(r"source_target_pairs=\{(.*?)\}\}")
+_CHAIN = re.compile(r'channel_id=(\d+),.*chain_id="')
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _RUNS = ("while", "conditional", "call", "async-start", "fusion")
@@ -102,12 +108,18 @@ def traffic(text: str, mesh: Mapping[str, int], host: int | None = None) -> Traf
     found: dict[tuple, list[int]] = collections.defaultdict(lambda: [0, 0])
     devices = math.prod(mesh.values())
     afar: set[tuple] = set()
+    chains: set[str] = set()
     for instruction, here, times, fused in _run(computations, entry, loops):
         kind = instruction.opcode.removesuffix("-start")
         if kind in KINDS:
+            # A TPU's may be spread over several fused operations, each of which names all of it.
+            if fused and (chain := _CHAIN.search(instruction.text)):
+                if chain[1] in chains:
+                    continue
+                chains.add(chain[1])
             group = _group(instruction.text) or range(devices)
             if len(group) > 1:
-                kind, payload = _payload(kind, instruction, here, len(group))
+                kind, payload = _payload(kind, instruction, here, len(group), fused=fused)
                 key = kind, _axes(group, mesh), len(group)
                 found[key][0] += times
                 found[key][1] += times * payload
@@ -163,33 +175,42 @@ def _sizes(shape: str) -> list[int]:
 
 
 def _payload(
-    kind: str, instruction: Instruction, here: Mapping[str, Instruction], size: int
+    kind: str, instruction: Instruction, here: Mapping[str, Instruction], size: int, *, fused: bool
 ) -> tuple[str, int]:
     """(the kind, bytes of the whole arrays). A TPU's reduce-scatter is an all-reduce in a fusion
-    that goes on with a slice."""
-    sizes = _sizes(instruction.shape)
-    if instruction.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
-        sizes = sizes[len(sizes) // 2 :][:1] if len(sizes) > 2 else sizes[-1:]
-    total = sum(sizes)
-    if kind == "reduce-scatter":
+    that goes on with slices."""
+    total = sum(size_of(here[name].shape) for name in instruction.operands if name in here)
+    if kind == "all-gather":
         return kind, total * size
-    if kind == "all-reduce" and any(
-        i.opcode == "dynamic-slice" and instruction.name in i.operands for i in here.values()
-    ):
+    if kind == "all-reduce" and fused and _sliced(instruction, here):
         return "reduce-scatter", total
     return kind, total
 
 
+def _sliced(instruction: Instruction, here: Mapping[str, Instruction]) -> bool:
+    """Whether of a result, or of a part of it, only a slice is used."""
+    names = {instruction.name}
+    for i in here.values():  # in order of their use
+        if not names.isdisjoint(i.operands[:1]):
+            if i.opcode == "dynamic-slice":
+                return True
+            if i.opcode in ("get-tuple-element", "bitcast", "copy"):
+                names.add(i.name)
+    return False
+
+
 def _group(text: str) -> list[int]:
-    """Devices of the first group of a collective; [] where it is all of them."""
+    """Devices of the first group of a collective; [] where it is all of them.
+
+    Raises:
+      ValueError: groups written in a way that is not known.
+    """
     if listed := _LISTED.search(text):
-        return [int(n) for n in listed[1].split(",") if n]
+        return _numbers(listed[1])
     if iota := _IOTA.search(text):
-        shape, dims = ([int(n) for n in part.split(",")] for part in iota.groups()[:2])
-        ids = np.arange(math.prod(dims)).reshape(dims)
-        if iota[3]:
-            ids = ids.transpose([int(n) for n in iota[3].split(",")])
-        return ids.reshape(shape)[0].tolist()
+        return _turned(iota[2], iota[3]).reshape(_numbers(iota[1]))[0].tolist()
+    if named := _MESH.search(text):
+        return _along(*named.groups())
     if pairs := _PAIRS.search(text):  # a ring, or several: the one that the first device is in
         numbers = [int(n) for n in re.findall(r"\d+", pairs[1])]
         passes = dict(zip(numbers[::2], numbers[1::2], strict=True))
@@ -198,7 +219,41 @@ def _group(text: str) -> list[int]:
             ring.append(at)
             at = passes.get(at, numbers[0])
         return sorted(ring)
+    if "replica_groups=" in text and "replica_groups={}" not in text:
+        raise ValueError(f"groups of devices that nothing here can read: {text[:200]}")
     return []
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",") if n]
+
+
+def _turned(dims: str, order: str | None) -> np.ndarray:
+    """0, 1, 2, ... in this shape, with its dimensions in another order."""
+    ids = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
+    return ids.transpose(_numbers(order)) if order else ids
+
+
+def _along(mesh: str, devices: str | None, axes: str) -> list[int]:
+    """The first group along ``axes`` of a mesh like ``'a'=2,'b'=4``, whose devices are counted, are
+    listed or lie as ``_turned`` has them. Of an axis a part may be taken: ``'b':(1)2``, sizes of
+    what comes before it and of the part."""
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
+    turned = _TURNED.match(devices or "")
+    if turned:
+        ids = _turned(turned[1], turned[2]).reshape(-1)
+    else:
+        ids = np.array(_numbers(devices)) if devices else np.arange(math.prod(sizes.values()))
+    parts = {
+        name: (int(before or 1), int(size or sizes[name]))
+        for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)
+    }
+    ids = ids.reshape(list(sizes.values()))
+    taken = []
+    for name, size in sizes.items():
+        before, own = parts.get(name, (1, 1))
+        taken.append(np.arange(own) * (size // (before * own)))
+    return np.sort(ids[np.ix_(*taken)].reshape(-1)).tolist()
 
 
 def _axes(group: Sequence[int], mesh: Mapping[str, int]) -> tuple[str, ...]:

@@ -89,7 +89,8 @@ def times(computations: Mapping[str, list[Instruction]], entry: str) -> collecti
 
 
 def trips(computations: Mapping[str, list[Instruction]], loop: Instruction) -> int:
-    """How often a loop's body runs. JAX's count from zero while they are below a constant.
+    """How often a loop's body runs. JAX's, and XLA's own around collectives, count from zero while
+    they are below a constant: by ones, unless the body says otherwise.
 
     Raises:
       ValueError: the text does not say.
@@ -97,13 +98,32 @@ def trips(computations: Mapping[str, list[Instruction]], loop: Instruction) -> i
     said = _TRIPS.search(loop.text)
     if said:
         return int(said[1])
-    condition = re.search(r"condition=%([\w.\-]+)", loop.text)
-    body = computations[condition[1]] if condition else []
-    bounds = [re.match(r"(\d+)\)", i.text) for i in body if i.opcode == "constant"]
-    below = any(i.opcode == "compare" and "direction=LT" in i.text for i in body)
+    parts = dict(re.findall(r"(condition|body)=%([\w.\-]+)", loop.text))
+    condition, body = (computations.get(parts.get(n, ""), []) for n in ("condition", "body"))
+    bounds = [_integer(i) for i in condition if i.opcode == "constant"]
+    below = any(i.opcode == "compare" and "direction=LT" in i.text for i in condition)
     if len(bounds) != 1 or bounds[0] is None or not below:
         raise ValueError(f"how often does {loop.name} run?")
-    return int(bounds[0][1])
+    return -(-bounds[0] // _step(condition, body))
+
+
+def _integer(instruction: Instruction) -> int | None:
+    found = re.match(r"(\d+)\)", instruction.text) if instruction.opcode == "constant" else None
+    return int(found[1]) if found else None
+
+
+def _step(condition: list[Instruction], body: list[Instruction]) -> int:
+    """What the body adds to the number that the condition reads; 1 where that is not plain."""
+    read = [i for i in condition if i.opcode == "get-tuple-element"]
+    index = re.search(r"index=(\d+)", read[0].text) if len(read) == 1 else None
+    if index is None or not body or len(body[-1].operands) <= int(index[1]):
+        return 1
+    known = {i.name: i for i in body}
+    grown = known.get(body[-1].operands[int(index[1])])
+    if grown is None or grown.opcode != "add":
+        return 1
+    steps = (_integer(known[name]) for name in grown.operands if name in known)
+    return next((step for step in steps if step), 1)
 
 
 def table_of(known: Mapping[str, Instruction], name: str) -> list[int]:

@@ -67,7 +67,7 @@ ENTRY %main (z: f32[10,64,32], h: bf16[64,32]) -> f32[10,64,32] {
   %started = (s32[], f32[10,64,32]) tuple(%first, %z)
   %loop = (s32[], f32[10,64,32]) while(%started), condition=%more, body=%body, backend_config={"known_trip_count":{"n":"10"}}
   %half = bf16[32,32]{1,0} fusion(%h), kind=kCustom, calls=%scattered
-  %passed = f32[64,32]{1,0} collective-permute(%z), source_target_pairs={{0,4},{4,0},{1,5},{5,1}}
+  %passed = f32[10,64,32]{2,1,0} collective-permute(%z), source_target_pairs={{0,4},{4,0},{1,5},{5,1}}
   ROOT %result = f32[10,64,32]{2,1,0} get-tuple-element(%loop), index=1
 }
 """  # noqa: E501
@@ -81,15 +81,89 @@ def test_a_text():
     assert set(found.collectives) == {
         Collective("all-gather", ("fsdp",), 2, 10, 10 * 2 * row),
         Collective("reduce-scatter", ("tensor",), 2, 1, 64 * 32 * 2),
-        Collective("collective-permute", ("data",), 2, 1, row),
+        Collective("collective-permute", ("data",), 2, 1, 10 * row),
     }
     # In the loop: a row is read and written, then written into its place (read, and put there).
     # Outside: the fused reduce-scatter's operand and result.
     assert found.bytes == 10 * (row + row + 4 + row + row + 4) + 64 * 32 * 2 + 32 * 32 * 2
     assert (found.loops, found.across) == ((), 0)
-    assert traffic(TEXT, MESH, host=4).across == row  # data lies over two hosts
+    assert traffic(TEXT, MESH, host=4).across == 10 * row  # data lies over two hosts
     unknown = TEXT.replace(', backend_config={"known_trip_count":{"n":"10"}}', "")
     assert traffic(unknown, MESH).loops == ("loop",)
+
+
+TPU = """\
+HloModule step, is_scheduled=true
+
+%first (p: bf16[64,32]) -> bf16[128,32] {
+  %p = bf16[64,32]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[128,32]{1,0} all-gather(%p), channel_id=5, replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4], device_ids=([2,2,2]T(1,0,2)) {'axis_0'}, dimensions={0}, frontend_attributes={chain_id="9"}
+}
+
+%last (q: bf16[64,32]) -> bf16[128,32] {
+  %q = bf16[64,32]{1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[128,32]{1,0} all-gather(%q), channel_id=5, replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4], device_ids=([2,2,2]T(1,0,2)) {'axis_0'}, dimensions={0}, frontend_attributes={chain_id="9"}
+}
+
+%scattered (a: f32[64], b: f32[32]) -> (f32[32], f32[16]) {
+  %a = f32[64]{0} parameter(0)
+  %b = f32[32]{0} parameter(1)
+  %both = (f32[64]{0}, f32[32]{0}) all-reduce(%a, %b), channel_id=6, replica_groups=mesh['x'=8] {'x':(2)2}
+  %one = f32[64]{0} get-tuple-element(%both), index=0
+  %n = s32[] constant(0)
+  %own = f32[32]{0} dynamic-slice(%one, %n), dynamic_slice_sizes={32}
+  ROOT %parts = (f32[32], f32[16]) tuple(%own, %own)
+}
+
+%body (t: (u32[], f32[64])) -> (u32[], f32[64]) {
+  %t = (u32[], f32[64]) parameter(0)
+  %two = u32[] constant(2)
+  %i = u32[] get-tuple-element(%t), index=0
+  %x = f32[64]{0} get-tuple-element(%t), index=1
+  %started = (f32[64]{0}, f32[64]{0}, u32[], u32[]) collective-permute-start(%x), channel_id=7, source_target_pairs={{0,1},{1,0}}
+  %passed = f32[64]{0} collective-permute-done(%started)
+  %next = u32[] add(%i, %two)
+  ROOT %out = (u32[], f32[64]) tuple(%next, %passed)
+}
+
+%more (c: (u32[], f32[64])) -> pred[] {
+  %eight = u32[] constant(7)
+  %c = (u32[], f32[64]) parameter(0)
+  %at = u32[] get-tuple-element(%c), index=0
+  ROOT %yes = pred[] compare(%at, %eight), direction=LT
+}
+
+ENTRY %main (z: bf16[64,32], y: f32[64], h: f32[32]) -> f32[64] {
+  %z = bf16[64,32]{1,0} parameter(0)
+  %y = f32[64]{0} parameter(1)
+  %h = f32[32]{0} parameter(2)
+  %begun = bf16[128,32]{1,0} fusion(%z), kind=kCustom, calls=%first
+  %done = bf16[128,32]{1,0} fusion(%z), kind=kCustom, calls=%last
+  %sums = (f32[32], f32[16]) fusion(%y, %h), kind=kCustom, calls=%scattered
+  %whole = f32[32]{0} all-reduce(%h), channel_id=8, replica_groups=mesh['x'=8], device_ids=(0,4,1,5,2,6,3,7) {'x'}
+  %zero = u32[] constant(0)
+  %first.0 = (u32[], f32[64]) tuple(%zero, %y)
+  %loop = (u32[], f32[64]) while(%first.0), condition=%more, body=%body
+  ROOT %result = f32[64]{0} get-tuple-element(%loop), index=1
+}
+"""  # noqa: E501
+
+
+def test_a_text_of_a_tpu():
+    """A gather that is spread over two fused operations is one; a fused all-reduce of which slices
+    are used is a reduce-scatter, of an array that is not sliced too; groups lie along axes of a
+    mesh of the program's own; a loop that counts by twos to 7 runs 4 times; what an asynchronous
+    operation carries beside its arrays is not sent."""
+    found = traffic(TPU, MESH)
+    assert set(found.collectives) == {
+        Collective("all-gather", ("fsdp",), 2, 1, 128 * 32 * 2),
+        Collective("reduce-scatter", ("fsdp",), 2, 1, (64 + 32) * 4),
+        Collective("all-reduce", ("data", "fsdp", "tensor"), 8, 1, 32 * 4),
+        Collective("collective-permute", ("tensor",), 2, 4, 4 * 64 * 4),
+    }
+    assert found.loops == ()
+    with pytest.raises(ValueError, match="nothing here can read"):
+        traffic(TPU.replace("replica_groups=mesh", "replica_groups=web"), MESH)
 
 
 def test_sent():
