@@ -8,7 +8,7 @@ Representations", section 3.1. The head's parameters are fresh, all others go on
 """
 
 from jaxpt.data.corpus import Corpus
-from jaxpt.data.sentence_order import SentenceOrder
+from jaxpt.data.packages import Packages
 from jaxpt.data.tokenizers import BPE
 from jaxpt.duration import share
 from jaxpt.evaluation import Evaluate
@@ -22,6 +22,7 @@ from jaxpt.objectives.masked import MaskedLM
 from jaxpt.optimizers import AdamW, Linear
 from jaxpt.run import Phase, Run
 
+corpus = Corpus(holdout=0.2)  # the model never reads what the head is judged on
 model = Transformer(
     kind="encoder",
     layers=3,
@@ -39,8 +40,8 @@ run = Run(
     phases=(
         Phase(
             name="pretrain",
-            steps=400,
-            data=Corpus(),
+            steps=300,
+            data=corpus,
             objective=MaskedLM(),
             optimizer=AdamW(lr=2e-3, schedule=Linear(warmup=share(0.1))),
             batch=16,
@@ -48,13 +49,13 @@ run = Run(
         ),
         Phase(
             name="finetune",
-            steps=200,
-            model=headed(model, classes=2),
+            steps=300,
+            model=headed(model, classes=6),
             begin=(Keep(fresh=("head*",)),),
             keep_optimizer=False,
-            data=SentenceOrder(),
-            objective=SequenceClassification(classes=2),
-            optimizer=AdamW(lr=3e-4, schedule=Linear(warmup=share(0.1))),
+            data=Packages(corpus=corpus),
+            objective=SequenceClassification(classes=6),
+            optimizer=AdamW(lr=1e-3, schedule=Linear(warmup=share(0.1))),
             batch=16,
             length=128,
         ),

@@ -91,13 +91,50 @@ def test_an_answer_in_its_text_by_hand():
     # The answer's words are whole: its last one has the full stop.
     assert (found["targets"][0], found["ends"][0], found["ends"][1]) == (5 + 6, 5 + 14, 5)
     assert found["weights"].tolist() == [1] + [0] * 20
-    _, cut = example(SpanAnswer(), case, length=16)
-    assert (cut["targets"][0], cut["ends"][0]) == (0, 0)
     _, none = example(SpanAnswer(), Case(("who", text), (0, 0)))
     assert (none["targets"][0], none["ends"][0]) == (0, 0)
-    read, owners, spans = features.laid_out(case, TOKENIZER)
+    [(read, owners)], spans = features.windows(case, TOKENIZER)
     assert len(read) == len(owners)
     assert [text[a:b] for a, b in spans] == ["it", "was", "Big", "Ben."]
+
+
+def test_a_long_text_is_read_in_windows():
+    text = "it was Big Ben."  # 15 tokens, of which 6 to 14 are the answer's words
+    case = Case(("who", text), (7, 14), answers=("Big Ben",))
+
+    def windows(length, stride):
+        features = SpanAnswer(stride=stride).build(VOCABULARY, length=length, target_length=None)
+        made = features.examples(case, TOKENIZER)
+        room = length - 6  # START who eos, and eos
+        parts = []
+        for one in made:
+            asked, part = one["tokens"][:5].tolist(), one["tokens"][5:-1].tolist()
+            assert asked == [START, *ids("who"), EOS]
+            assert one["tokens"][-1] == EOS
+            assert one["ends"][1] == 5
+            parts.append(TOKENIZER.decode(np.array(part)))
+        assert all(len(one["tokens"]) == length for one in made[:-1])
+        assert all(len(part) == room for part in parts[:-1])
+        # What the loader cuts is the same: all but the last are as long as it asks for.
+        _, wanted = features.request(RNG)
+        raw = features.encoder(TOKENIZER).encode(case)
+        assert all(
+            np.array_equal(
+                features.example(raw[i * wanted : (i + 1) * wanted], 0, RNG)["tokens"],
+                one["tokens"],
+            )
+            for i, one in enumerate(made)
+        )
+        return parts, [(int(one["targets"][0]), int(one["ends"][0])) for one in made]
+
+    parts, places = windows(18, 5)
+    assert parts == ["it was Big B", "s Big Ben."]
+    assert places == [(0, 0), (5 + 1, 5 + 9)]  # in the first it is cut off
+    parts, places = windows(16, 3)
+    assert parts == ["it was Big", "was Big Be", " Big Ben."]
+    assert places == [(0, 0), (0, 0), (5 + 1 - 1, 5 + 8)]
+    # A stride that would leave text out is as long as the window.
+    assert windows(16, 99)[0] == ["it was Big", " Ben."]
 
 
 def test_text_by_hand():
@@ -201,9 +238,32 @@ def test_the_likeliest_answer_is_one_that_can_be():
     logits[0, 2, 0] = 50  # of the question
     logits[0, 10, 0], logits[0, 19, 1] = 9, 9  # too long together
     logits[0, 12, 1], logits[0, 8, 1] = 5, 8
-    assert np.asarray(objective._said(Fake(logits), batch))[0].tolist() == [10, 12]
+    assert np.asarray(objective._said(Fake(logits), batch))[0].tolist() == [10, 12, 14, 0]
     logits[0, 0] = 30
-    assert np.asarray(objective._said(Fake(logits), batch))[0].tolist() == [0, 0]
+    assert np.asarray(objective._said(Fake(logits), batch))[0].tolist() == [10, 12, 14, 60]
+
+
+def test_the_answer_is_that_of_the_best_window():
+    objective = SpanAnswer(stride=5)
+    features = objective.build(VOCABULARY, length=18, target_length=None)
+    cases = [Case(("who", "it was Big Ben."), (7, 14)), Case(("x", ""), (0, 0))]
+
+    def said(*rows):
+        class Given:
+            tokenizer = TOKENIZER
+
+            def pieces(self, function, asked):
+                assert asked is cases
+                return [[np.array(row, np.float32) for row in rows], [np.array([0, 0, -np.inf, 1])]]
+
+        Given.features = features
+        return objective.predictions(Given(), cases)
+
+    assert said([5, 7, 3, 1], [6, 10, 4, 2]) == ["Big Ben.", ""]
+    assert said([5, 7, 5, 1], [6, 10, 4, 2]) == ["it was", ""]
+    # "None" only where every window says so.
+    assert said([5, 7, 5, 1], [6, 10, 4, 9]) == ["it was", ""]
+    assert said([5, 7, 5, 8], [6, 10, 4, 9]) == ["", ""]
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -288,7 +348,7 @@ def untrained(run):
         for path, t in program.model.tensors.items()
     }
     loaded = Loaded(pathlib.Path("nowhere"), program, unflatten(params), TOKENIZER, 0)
-    return loaded, examine.losses(loaded, program.validations(TOKENIZER, 1))
+    return loaded, examine.losses(loaded, program.validations(TOKENIZER, 3))
 
 
 @pytest.mark.parametrize("kind", ["tags", "span", "score"])
@@ -299,7 +359,8 @@ def test_other_heads_are_judged(tmp_path, kind):
         objective, names = TokenClassification(9), {"entity_f1", "accuracy"}
     elif kind == "span":
         answers = {"text": ["Big Ben"], "answer_start": [7]}
-        records = [{"question": "who", "context": "it was Big Ben.", "answers": answers}] * 9
+        context = "it was Big Ben. " + "and so on " * 6  # in two windows
+        records = [{"question": "who", "context": context, "answers": answers}] * 9
         task, objective, names = ("squad", "span"), SpanAnswer(), {"exact_match", "token_f1"}
     else:
         records = [{"sentence1": "a", "sentence2": "b" * i, "label": i / 2} for i in range(9)]
@@ -319,6 +380,8 @@ def test_other_heads_are_judged(tmp_path, kind):
     wanted = figures(cases.metrics, said, list(cases), cases.labels)
     assert {name: found[name] for name in names} == wanted
     assert len(said) == 9
+    if kind == "span":  # the loader's validation has the examples of both windows
+        assert found["targets"] == 2 * len(records)
     if kind == "score":  # of different texts
         assert len(set(said)) == 9
     else:  # of one text nine times, in two batches

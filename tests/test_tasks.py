@@ -9,7 +9,9 @@ import pytest
 
 from jaxpt.config import codec
 from jaxpt.data.base import EmptySplit, Source
+from jaxpt.data.corpus import Corpus
 from jaxpt.data.labelled import Case, FromFiles, FromHub, FromTfds, plain
+from jaxpt.data.packages import Packages
 from jaxpt.data.sentence_order import SentenceOrder
 from jaxpt.data.tasks import TAGS, TASKS, Task
 from jaxpt.data.text import Text
@@ -328,3 +330,38 @@ def test_sentence_order(tmp_path):
         assert case.label == int(first < second)
     assert 5 < sum(case.label for case in cases) < 15
     assert dataclasses.replace(source) == codec.from_json(codec.to_json(source), Source)
+
+
+def test_packages():
+    files = {
+        "xml/a.py": "import xml\n" + "   XML in a line\n" * 5,
+        "xml/b.py": "x\n",
+        "json/c.py": "json and xml\n" * 4,
+        "xml.py": "not of the folder\n" * 9,
+    }
+
+    class Given(Corpus):
+        def open(self, split):
+            class Files(list):
+                names = tuple(files)
+
+            return Files(files.values() if split == "train" else ["x\n"] * len(files))
+
+    source = Packages(packages=("json", "xml"), characters=20, corpus=Given())
+    cases = source.open("train")
+    assert [(case.texts[0], case.label) for case in cases] == [
+        ("import _\n_ in a line\n", 1),
+        ("_ in a line\n_ in a line\n", 1),
+        ("_ in a line\n_ in a line\n", 1),
+        ("_ and _\n_ and _\n_ and _\n", 0),
+    ]
+    assert cases.labels == ("json", "xml")
+    with pytest.raises(EmptySplit, match="split 'validation' has no text of"):
+        source.open("validation")
+    with pytest.raises(ConfigError, match="two or more"):
+        Packages(packages=("xml",))
+    with pytest.raises(ConfigError, match="characters"):
+        Packages(characters=0)
+    real = Packages()
+    assert codec.from_json(codec.to_json(real), Source) == real
+    assert {case.label for case in real.open("validation")} == set(range(6))

@@ -36,7 +36,7 @@ class Corpus(Source):
                 "holdout", f"{self.holdout} is not a share; give a number between 0 and 1"
             )
 
-    def open(self, split: Split) -> Sequence[str]:
+    def open(self, split: Split) -> Files:
         """The documents of a split. Raises DataError where the installation has no source."""
         check_split(split)
         root = sysconfig.get_path("stdlib")

@@ -2,7 +2,7 @@
 
 Host half: a case is an example, and has a row of its own. Its raw tokens are the numbers that an
 example is made of: what is read, and beside it the label. What is too long is cut where it is
-encoded, so that no case ever becomes two.
+encoded, or (``SpanAnswer``) becomes several examples, each but the last of ``most`` raw tokens.
 
 Device half of those with a head of classes (``jaxpt/models/headed.py``): cross-entropy of the
 classes where there is a weight.
@@ -50,15 +50,21 @@ class CaseFeatures(Features):
 
     @property
     def most(self) -> int:
-        """Raw tokens of the longest case."""
+        """Raw tokens of the longest example."""
         raise NotImplementedError
 
     def ids(self, case: Case, tokenizer: Any) -> np.ndarray:
-        """The raw tokens of a case, int [n], n <= most."""
+        """The raw tokens of a case, int [n]; those after ``most`` are another example's."""
         raise NotImplementedError
 
     def encoder(self, tokenizer: Any) -> Encoder:
         return Encoder(self, tokenizer)
+
+    def examples(self, case: Case, tokenizer: Any) -> list[Example]:
+        """All that are made of a case: one, but where a text is read in windows."""
+        ids, rng = self.encoder(tokenizer).encode(case), np.random.default_rng(0)
+        starts = range(0, len(ids), self.most)
+        return [self.example(ids[at : at + self.most], 0, rng) for at in starts]
 
     def request(self, rng: np.random.Generator, step: int = 0) -> tuple[int, int]:
         return 0, self.lengths[0].raw

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from typing import Any
 
@@ -16,6 +17,8 @@ from jaxpt.errors import ConfigError
 from jaxpt.objectives.base import Batch, Example, Features, Loss
 from jaxpt.objectives.labelled import HeadFeatures, HeadObjective, logits, words
 
+SHORTEST = 8  # positions of a row that has something of both texts
+
 
 @dataclasses.dataclass(frozen=True)
 class SpanAnswer(HeadObjective):
@@ -23,12 +26,19 @@ class SpanAnswer(HeadObjective):
 
     Each is a softmax over the text's positions and the first, which stands for "no answer". The
     loss is the mean of both cross-entropies. Answers are made of whole words: what stands between
-    white space. A text that is too long loses its end, and an answer there is none.
+    white space.
+
+    A text that is too long is read in windows, which begin ``stride`` tokens apart (BERT's
+    run_squad). In training each is an example of its own; one that has not all of the answer has
+    none. A case is answered with the likeliest answer of all windows, by the sum of its two logits,
+    unless in every window "no answer" has a greater one.
 
     The baseline counts the places of answers' first tokens.
     """
 
     longest: int = 30  # tokens of the longest answer that is given
+    # tokens from one window of a long text to the next; at most as many as a window has
+    stride: int = 128
 
     def __post_init__(self):
         super().__post_init__()
@@ -36,13 +46,17 @@ class SpanAnswer(HeadObjective):
             raise ConfigError("classes", f"{self.classes} is not valid: 2, beginning and end")
         if self.longest < 1:
             raise ConfigError("longest", f"{self.longest} is not valid; give 1 or more")
+        if self.stride < 1:
+            raise ConfigError("stride", f"{self.stride} is not valid; give 1 or more")
 
     @property
     def tasks(self) -> tuple[str, ...]:
         return ("span",)
 
     def build(self, vocabulary: Vocabulary, *, length: int, target_length: int | None) -> Features:
-        return self.bound(SpanFeatures(vocabulary, length), target_length)
+        if length < SHORTEST:
+            raise ConfigError("length", f"{length} is too short; give {SHORTEST} or more")
+        return self.bound(SpanFeatures(self, vocabulary, length), target_length)
 
     def loss(self, model: Any, batch: Batch, key: jax.Array | None) -> Loss:
         log_probs_BT2 = jax.nn.log_softmax(_masked(logits(model, batch, key), batch), axis=1)
@@ -58,26 +72,32 @@ class SpanAnswer(HeadObjective):
 
     def predictions(self, answers: Any, cases: Cases) -> list[Any]:
         """The text of each answer; "" for none."""
-        found = answers.arrays(self._said, cases)
+        found = answers.pieces(self._said, cases)
         said = []
-        for (first, last), case in zip(found, cases, strict=True):
-            _, owners, spans = answers.features.laid_out(case, answers.tokenizer)
-            inside = first and owners[first] >= 0 and owners[last] >= 0
-            text = case.texts[1]
-            said.append(text[spans[owners[first]][0] : spans[owners[last]][1]] if inside else "")
+        for rows, case in zip(found, cases, strict=True):
+            windows, spans = answers.features.windows(case, answers.tokenizer)
+            none = min(row[3] for row in rows)
+            (first, last, score, _), (_, owners) = max(
+                zip(rows, windows, strict=True), key=lambda pair: pair[0][2]
+            )
+            text, inside = case.texts[1], score > none
+            ends = owners[int(first)], owners[int(last)]
+            said.append(text[spans[ends[0]][0] : spans[ends[1]][1]] if inside else "")
         return said
 
     def _said(self, model: Any, batch: Batch) -> jax.Array:
-        """int32 [B, 2]: first and last position of the likeliest answer."""
-        log_probs_BT2 = jax.nn.log_softmax(_masked(logits(model, batch), batch), axis=1)
-        T = log_probs_BT2.shape[1]
-        scores_BTT = log_probs_BT2[:, :, None, 0] + log_probs_BT2[:, None, :, 1]
+        """float32 [B, 4]: first and last position of the likeliest answer, the sum of its logits
+        (-inf where there can be none), that of "no answer"."""
+        logits_BT2 = _masked(logits(model, batch), batch)
+        T = logits_BT2.shape[1]
+        scores_BTT = logits_BT2[:, :, None, 0] + logits_BT2[:, None, :, 1]
         places_T = jnp.arange(T)
         length_TT = places_T[None] - places_T[:, None] + 1
         fits_TT = (length_TT >= 1) & (length_TT <= self.longest)
-        fits_TT &= (places_T[:, None] > 0) | (places_T[None] == 0)  # no answer begins at "none"
-        best_B = jnp.argmax(jnp.where(fits_TT, scores_BTT, -jnp.inf).reshape(-1, T * T), axis=1)
-        return jnp.stack([best_B // T, best_B % T], 1)
+        fits_TT &= places_T[:, None] > 0  # no answer begins at "none"
+        flat_BS = jnp.where(fits_TT, scores_BTT, -jnp.inf).reshape(-1, T * T)
+        best_B = jnp.argmax(flat_BS, axis=1)
+        return jnp.stack([best_B // T, best_B % T, flat_BS.max(1), scores_BTT[:, 0, 0]], 1)
 
 
 def _masked(logits_BTC: jax.Array, batch: Batch) -> jax.Array:
@@ -90,8 +110,12 @@ def _masked(logits_BTC: jax.Array, batch: Batch) -> jax.Array:
     return jnp.where(allowed_BT[..., None], logits_BTC[..., :2], -jnp.inf)
 
 
+Window = tuple[np.ndarray, np.ndarray]  # what is read; the text's word at each position, or -1
+
+
 class SpanFeatures(HeadFeatures):
-    """Raw tokens: first and last position of the answer, the text's first, what is read.
+    """Raw tokens of each window: first and last position of the answer, the text's first, what is
+    read. All windows but a case's last are full, so that they are cut where they end.
 
     Examples have ``ends``: at position 0 the answer's last, at 1 the text's first.
     """
@@ -99,34 +123,50 @@ class SpanFeatures(HeadFeatures):
     beside = 3
     extra = ("ends",)
 
-    def laid_out(
+    def __init__(self, config: SpanAnswer, vocabulary: Vocabulary, length: int):
+        self.stride = config.stride
+        super().__init__(vocabulary, length)
+
+    def windows(self, case: Case, tokenizer: Any) -> tuple[list[Window], list[tuple[int, int]]]:
+        """(The windows, one or more; each word's first character and one past its last)."""
+        windows, _, spans = self._laid_out(case, tokenizer)
+        return windows, spans
+
+    def ids(self, case: Case, tokenizer: Any) -> np.ndarray:
+        windows, owners, spans = self._laid_out(case, tokenizer)
+        begin, end = case.label
+        held = [i for i, (a, b) in enumerate(spans) if a < end and b > begin]
+        sizes = [int((owners == i).sum()) for i in held]
+        found: list[np.ndarray] = []
+        for read, inside in windows:
+            text = int(np.argmax(inside >= 0)) if (inside >= 0).any() else 0
+            places = np.flatnonzero(np.isin(inside, held))
+            # An answer that is cut off, wholly or in part, is none.
+            whole = len(places) > 0 and len(places) == sum(sizes)
+            first, last = (places[0], places[-1]) if whole else (0, 0)
+            found.append(np.concatenate([[first, last, text], read]))
+        return np.concatenate(found)
+
+    def _laid_out(
         self, case: Case, tokenizer: Any
-    ) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
-        """(what is read; the word of the text that each position is of, or -1; each word's first
-        character and one past its last)."""
+    ) -> tuple[list[Window], np.ndarray, list[tuple[int, int]]]:
+        """``windows``, with the word of each token of the whole text between them."""
         question, text = case.texts
         spans = [match.span() for match in re.finditer(r"\S+", text)]
         each = words([text[a:b] for a, b in spans], tokenizer)
         # At least half of the row is the text's.
         asked = tokenizer.encode(question)[: max(1, self.length // 2 - 2)]
         room = self.length - len(asked) - 3
-        ids = np.concatenate([*each, np.zeros(0, np.int32)])[:room]
-        owners = np.repeat(np.arange(len(each)), [len(word) for word in each])[:room]
-        eos, first = self.vocabulary.eos, len(asked) + 2
-        read = np.concatenate([[self.start], asked, [eos], ids, [eos]])
-        none = np.full(first, -1)
-        return read, np.concatenate([none, owners, [-1]]), spans
-
-    def ids(self, case: Case, tokenizer: Any) -> np.ndarray:
-        read, owners, spans = self.laid_out(case, tokenizer)
-        text = int(np.argmax(owners >= 0)) if (owners >= 0).any() else 0
-        begin, end = case.label
-        held = [i for i, (a, b) in enumerate(spans) if a < end and b > begin]
-        places = np.flatnonzero(np.isin(owners, held))
-        # An answer that is cut off, wholly or in part, is none.
-        whole = len(places) and owners[places[-1]] == held[-1]
-        first, last = (places[0], places[-1]) if whole else (0, 0)
-        return np.concatenate([[first, last, text], read])
+        ids = np.concatenate([*each, np.zeros(0, np.int32)])
+        owners = np.repeat(np.arange(len(each)), [len(word) for word in each])
+        eos, none, windows = self.vocabulary.eos, np.full(len(asked) + 2, -1), []
+        for start in itertools.count(0, min(self.stride, room)):
+            part, inside = ids[start : start + room], owners[start : start + room]
+            read = np.concatenate([[self.start], asked, [eos], part, [eos]])
+            windows.append((read, np.concatenate([none, inside, [-1]])))
+            if start + room >= len(ids):
+                break
+        return windows, owners, spans
 
     def example(
         self, tokens: np.ndarray, task: int, rng: np.random.Generator, step: int = 0
