@@ -27,7 +27,7 @@ from jaxpt.duration import Duration, Unit, as_duration
 from jaxpt.errors import ConfigError
 from jaxpt.evaluation import Evaluate
 from jaxpt.growth.base import Transition, Update
-from jaxpt.mesh import MESH_AXES, RULES, Mesh
+from jaxpt.mesh import MESH_AXES, Mesh
 from jaxpt.models.base import ModelConfig, check_outputs
 from jaxpt.monitor import Monitor
 from jaxpt.objectives.base import Objective
@@ -225,13 +225,12 @@ class Run:
     def _validate_mesh(self, devices: int) -> None:
         sizes = self.mesh.sizes(devices)
         axes: dict[str, int] = dict(zip(MESH_AXES, sizes, strict=True))
-        table = dict(RULES) | dict(self.mesh.rules)
+        table = self.mesh.table
         for index, phase in enumerate(self.phases):
             lengths = {"length": phase.length, "target_length": phase.target_length}
             cuts = [("batch", "batch", phase.batch, phase.step.accumulate)]
-            cuts += [
-                (name, "length", size, 1) for name, size in lengths.items() if size is not None
-            ]
+            for axis in ("length", "residual"):
+                cuts += [(name, axis, n, 1) for name, n in lengths.items() if n is not None]
             for name, logical, size, parts in cuts:
                 over = [axis for axis in table[logical] if axes[axis] > 1]
                 ways = parts

@@ -242,13 +242,16 @@ def token_counts(batch: Batch) -> Metrics:
 
 def state_shardings(abstract: TrainState, model: Model, layout: Layout) -> TrainState:
     """Where each array of the state lies: parameters by their logical axes, optimizer and extra
-    state like the parameter whose path theirs ends with, the rest on every device."""
-    placement = functools.partial(_like_parameter, model=model, layout=layout)
+    state like the parameter whose path theirs ends with, the rest on every device. The optimizer's
+    is cut further where the layout says so (``Mesh.shard_state``)."""
     flat, treedef = jax.tree_util.tree_flatten(abstract)
-    paths = flatten(abstract)
-    return treedef.unflatten(
-        placement(path, leaf.shape) for path, leaf in zip(paths, flat, strict=True)
-    )
+    placed = []
+    for path, leaf in zip(flatten(abstract), flat, strict=True):
+        place = _like_parameter(path, leaf.shape, model=model, layout=layout)
+        if layout.shard_state and path.startswith("opt_state/"):
+            place = layout.spread(place, leaf.shape)
+        placed.append(place)
+    return treedef.unflatten(placed)
 
 
 def _like_parameter(
@@ -259,13 +262,14 @@ def _like_parameter(
     # The longest match: 'opt_state/0/mu/head/w' belongs to 'head/w', not to a tensor named 'w'.
     for start in range(len(parts)):
         for stop in range(len(parts), start, -1):
-            tensor = model.tensors.get("/".join(parts[start:stop]))
+            own = "/".join(parts[start:stop])
+            tensor = model.tensors.get(own)
             if tensor is None:
                 continue
             if shape == tensor.shape:
-                return layout.sharding(tensor.axes, shape)
+                return layout.sharding(tensor.axes, shape, own)
             axes = _kept_axes(tensor.shape, tensor.axes, shape)
-            return layout.sharding(axes) if axes is not None else replicated
+            return layout.sharding(axes, path=own) if axes is not None else replicated
     return replicated
 
 

@@ -183,7 +183,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     own |= {"batches": (), "limit": 12}
     assert plan_command.main(run, **own, json=True) == 0
     (row,) = json.loads(capsys.readouterr().out)
-    assert row["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
+    assert row["mesh"] == {"replica": 1, "data": 2, "fsdp": 2, "tensor": 2, "context": 1}
     assert row["operations"] == pytest.approx(row["flops"], rel=0.05)
     assert {"fsdp", "tensor"} <= {axis for c in row["collectives"] for axis in c["axes"]}
     assert row["fits"] is None  # no figures for a CPU

@@ -202,12 +202,12 @@ def test_layout_refuses_what_does_not_fit():
         layout.spec(("embed", "heads"), (8, 6))
     with pytest.raises(ConfigError, match="no rule for logical axis 'colour'"):
         layout.spec(("colour",))
-    with pytest.raises(ConfigError, match="1 x 1 x 3 x 1 = 3, but there are 8 devices"):
+    with pytest.raises(ConfigError, match="1 x 1 x 1 x 3 x 1 = 3, but there are 8 devices"):
         Mesh(data=1, tensor=3).build()
     with pytest.raises(ConfigError, match="8 devices cannot be cut into 3"):
         Mesh(tensor=3).build()
     with pytest.raises(RuntimeError, match="no layout"):
-        constrain(jnp.zeros((2, 2)), "batch", None)
+        constrain(jnp.zeros((2, 2)), "batch", None, name="x")
 
 
 def test_one_key_head_serves_two_tensor_shards(tmp_path):

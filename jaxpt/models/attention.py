@@ -96,7 +96,7 @@ def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, **arguments)
     if layout is None or q_BTNH.shape[1] == 1:
         return kernel.attention(q_BTNH, k_BSKH, v_BSKH, **arguments)
     batch, length, heads = layout.spec(("batch", "length", "heads"))
-    split = kernel.Split(batch=batch, heads=heads, length=length)
+    split = kernel.Split(batch=batch, heads=heads, length=length, ring=layout.ring)
     return kernel.sharded_attention(
         q_BTNH, k_BSKH, v_BSKH, mesh=layout.mesh, split=split, **arguments
     )
@@ -134,7 +134,8 @@ class AttentionModule(nnx.Module):
         if norm is not None and self.config.qk_norm_whole:
             y = norm(y)
         y = y.reshape(*y.shape[:-1], -1, self.head_dim)
-        y = constrain(y, "batch", "length" if y.shape[1] > 1 else None, axis, "head_dim")
+        length = "length" if y.shape[1] > 1 else None
+        y = constrain(y, "batch", length, axis, "head_dim", name=f"attention/{name}")
         if norm is not None and not self.config.qk_norm_whole:
             y = norm(y)
         return y if angles is None else rotate(y, angles)

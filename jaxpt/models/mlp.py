@@ -94,7 +94,7 @@ class MLPModule(nnx.Module):
             h = activation(first)
             for other in others:
                 h = h * other
-            h = constrain(h, "batch", "length", "mlp")
+            h = constrain(h, "batch", "length", "mlp", name="mlp/hidden")
             return project(self, "down", dropout(h, self.config.dropout, key))
 
         return recomputed(down)(*hidden)

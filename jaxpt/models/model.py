@@ -108,12 +108,14 @@ class Model:
         """The sharding of each parameter, nested as the parameters are.
 
         Raises:
-          ConfigError: a dimension that the mesh does not divide, naming the tensor.
+          ConfigError: a dimension that the mesh does not divide, naming the tensor; a placement
+            that no parameter has.
         """
+        layout.check_placements(self.tensors)
         flat = {}
         for path, tensor in self.tensors.items():
             try:
-                flat[path] = layout.sharding(tensor.axes, tensor.shape)
+                flat[path] = layout.sharding(tensor.axes, tensor.shape, path)
             except ConfigError as error:
                 raise ConfigError(error.field, f"{path}: {error.message}") from None
         return unflatten(flat)

@@ -24,7 +24,7 @@ from jaxpt.models.position import (
     Rotary,
     rotary_angles,
 )
-from jaxpt.models.stack import Context, Layers
+from jaxpt.models.stack import Context, Layers, rows
 from jaxpt.models.transformer import Transformer
 from jaxpt.weights.base import Scope
 from jaxpt.weights.init import Constant, FanIn, Normal
@@ -110,7 +110,8 @@ class Stack(Layers):
             bias = kernel.shared_bias(bias, length, length, implementation, sharded=sharded)
         context = Context(rule, angles, bias, cross_rule, encoded, local_angles)
         x_BTD, cache = self.run(x_BTD, context, keys[1], cache)
-        return self.final_norm(x_BTD) if config.has_final_norm else x_BTD, cache
+        x_BTD = self.final_norm(x_BTD) if config.has_final_norm else x_BTD
+        return rows(x_BTD, "length", "states"), cache
 
     def _bias(self):
         positions = self.config.positions
@@ -318,7 +319,7 @@ class Network(nnx.Module):
             raise ValueError("the model has no table for inner_positions: set inner_positions")
         # Gathered over fsdp first: looked up in a table cut along the width, the rows would have to
         # be cut anew along the batch.
-        table = constrain(self.embedding.w[...], "vocab", "width")
+        table = constrain(self.embedding.w[...], "vocab", "width", name="embedding matrix")
         x = lookup(table, tokens).astype(config.compute_dtype())
         if config.scale_embeddings:
             x = x * math.sqrt(config.width_of_embedding)
@@ -327,7 +328,7 @@ class Network(nnx.Module):
         if config.inner_positions:
             table = self.inner_positions.w[...]
             x = x + (table[0] if inner is None else lookup(table, inner)).astype(x.dtype)
-        return constrain(x, "batch", "length" if x.shape[1] > 1 else None, "width")
+        return rows(x, "residual", "embedding")
 
     def _output(self, x: jax.Array) -> jax.Array:
         if self.config.projects_out:

@@ -175,5 +175,5 @@ class PositionTable(nnx.Module):
         self.w = scope.param("w", shape, ("positions", "embed"), Normal(0.02), kind="embedding")
 
     def __call__(self, positions_BT: jax.Array, dtype) -> jax.Array:
-        table = constrain(self.w[...], "positions", "width")  # as the embedding's
+        table = constrain(self.w[...], "positions", "width", name="positions")
         return lookup(table, positions_BT + self.offset).astype(dtype)

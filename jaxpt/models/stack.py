@@ -78,6 +78,11 @@ def watched() -> Iterator[list[jax.Array]]:
         yield found
 
 
+def rows(x_BTD: jax.Array, positions: str, name: str) -> jax.Array:
+    """Laid out with its positions as that logical axis says; a single one is not cut."""
+    return constrain(x_BTD, "batch", positions if x_BTD.shape[1] > 1 else None, "width", name=name)
+
+
 class Layer(nnx.Module):
     def __init__(self, config: Transformer, scope: Scope, *, cross: bool, first: bool = False):
         self.config, self.cross = config, cross
@@ -144,7 +149,8 @@ class Layer(nnx.Module):
         before = None if name in self.unnormed else before
 
         def normed(x):
-            y = branch(getattr(self, before)(x) if before else x)
+            y = rows(getattr(self, before)(x) if before else x, "length", f"{name}/input")
+            y = rows(branch(y), "residual", f"{name}/output")
             return getattr(self, after)(y) if after else y
 
         return normed
@@ -152,7 +158,7 @@ class Layer(nnx.Module):
     def _sum(self, x, y, norm=None):
         y = x + checkpoint_name(y, "branch")
         y = y if norm is None else norm(y)
-        return constrain(y, "batch", "length" if y.shape[1] > 1 else None, "width")
+        return rows(y, "residual", "residual")
 
     def _self_attention(self, x, context: Context, window, key, cache: Cache | None, index):
         local = window is not None and context.local_angles is not None

@@ -157,7 +157,7 @@ def draw(network: Any, states_BTD: jax.Array, chosen_BT: jax.Array, key: jax.Arr
     if layout is not None:
         shards = layout.ways("batch") * layout.ways("vocab")
         platform = layout.mesh.devices.flat[0].platform
-        w_DV = constrain(w_DV, None, "vocab")
+        w_DV = constrain(w_DV, None, "vocab", name="output matrix")
     fitting = pick_chunk(B, T, w_DV.shape[1], shards=shards, platform=platform)
     C = min(fitting, -(-T // PARTS))
     order_BT = jnp.argsort(~chosen_BT, axis=1, stable=True)  # the chosen of each row first

@@ -91,7 +91,8 @@ def token_loss(
     columns["weights"] = columns["weights"].astype(jnp.float32)
     hidden_BTD, columns, rows, shards, platform = _by_device(hidden_BTD, columns)
     if shards > 1:
-        w_DV = constrain(w_DV, None, "vocab")  # gathered over fsdp once, not in every chunk
+        # Gathered over fsdp once, not in every chunk.
+        w_DV = constrain(w_DV, None, "vocab", name="output matrix")
     B, T = columns["targets"].shape
     weights_BT = columns["weights"]
     result = cross_entropy(
