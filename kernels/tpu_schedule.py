@@ -331,6 +331,9 @@ class Machine:
             where = re.fullmatch(r"\[smem:\[(.*?)\]\].*", op.text, re.S)
             place = self._address(where[1]) if where else None
             return None if place is None else self.memory.get(place)
+        if op.name == "inlined_call_operand.":  # in no memory: a table of one word is the word
+            words = self.tables.get(self._operand_number(op.result or ""), ())
+            return words[0] & WORD if words else None
         values = [self._value(x) for x in op.operands]
         if base == "scalar_select" or (base == "smov" and len(values) == 3):
             chosen, yes, no = values

@@ -151,11 +151,13 @@ def shapes(model, length, batch=1, sharding=None):
 
 
 def assert_linear(compiled, model, length):
-    """No array of a compiled ``step`` is as large as the scores of all heads."""
-    square = MODELS[model][0] * length * length
+    """No array of a compiled ``step`` is as large as the scores of all heads, and all that it
+    holds for a while is no more than six arrays of heads of 128."""
+    heads = MODELS[model][0]
+    square = heads * length * length
     text = compiled.as_text()
     for kind, size in (("bf16", 2), ("f32", 4), ("pred", 1)):
         for match in re.finditer(rf"{kind}\[([\d,]+)\]", text):
             shape = tuple(int(n) for n in match.group(1).split(","))
             assert np.prod(shape) * size < square, f"{kind}{shape} is as large as the scores"
-    assert compiled.memory_analysis().temp_size_in_bytes < 2 * square
+    assert compiled.memory_analysis().temp_size_in_bytes < 6 * heads * length * 128 * 2

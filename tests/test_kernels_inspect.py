@@ -65,6 +65,24 @@ def test_without_the_table_every_body_runs():
     assert found.moved() == 5 * (8 + 4) * 32  # so do transfers
 
 
+@pytest.mark.parametrize(("word", "skips"), [(0, 1), (3, 0)])
+def test_a_table_of_one_word_comes_by_value(word, skips):
+    listing = """
+     0   :  { %s1_s0 = inlined_call_operand.<no memory space> [shape: s32[1,1], index: 2] }
+   0x1   :  { %p2_p0 = scmp.eq.s32.totalorder %s1_s0, 0 }
+   0x2   :  { %3 = sbr.rel (%p2_p0) target bundleno = 8 (0x8), region = 3 }
+   0x3   :  {}
+   0x4   :  {}
+   0x5   :  {}
+   0x6   :  {}
+   0x7   :  { %4 = vmatmul.bf16.gmra.mxu0 %v1 }
+   0x8   :  { %5 = vsyncpa [#allocation8], 0 }
+"""
+    found = tpu_schedule.read(listing, {2: [word]})
+    assert found.unknown == 0
+    assert found.issued(tpu_schedule.is_matmul) == 1 - skips
+
+
 def test_what_cannot_be_read():
     with pytest.raises(ValueError, match="no bundles"):
         tpu_schedule.read("nothing")
