@@ -13,6 +13,7 @@ from jaxpt.data.labelled import Case
 from jaxpt.data.packing import Packer
 from jaxpt.loading import Loaded
 from jaxpt.objectives.base import Example
+from jaxpt.objectives.labelled import CaseFeatures
 from jaxpt.objectives.prompt import Prompt
 from jaxpt.scoring import write
 
@@ -26,6 +27,7 @@ class Answers:
     def __init__(self, loaded: Loaded):
         self.loaded, self.tokenizer = loaded, loaded.tokenizer
         program = loaded.program
+        assert isinstance(program.features, CaseFeatures)
         self.features, self.rows = program.features, program.phase.batch
         packer = Packer(
             program.phase.length,

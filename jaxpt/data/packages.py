@@ -39,12 +39,12 @@ class Packages(LabelledSource):
     def open(self, split: Split) -> Cases:
         files = self.corpus.open(split)
         records: list[Record] = []
-        for index, name in enumerate(files.names):
+        for name, text in zip(files.names, files, strict=True):
             package, _, inner = name.partition("/")
             if inner and package in self.packages:
                 label = self.packages.index(package)
-                texts = stretches(files[index], self.characters, self.packages)
-                records += [{"text": text, "label": label} for text in texts]
+                parts = stretches(text, self.characters, self.packages)
+                records += [{"text": part, "label": label} for part in parts]
         if not records:
             raise EmptySplit("packages", f"split {split!r} has no text of {self.packages}")
         return Cases(records, _case, ("accuracy", "macro_f1"), self.packages, "packages")

@@ -249,7 +249,8 @@ def choose(
             return family, expressed(family, model, vocab_size)
         except ConfigError as error:
             reasons.append(str(error))
-    raise ConfigError("model", f"transformers has no such model: {'; '.join(reasons)}")
+    near = [reason for reason in reasons if not reason.startswith("model.kind:")]
+    raise ConfigError("model", f"transformers has no such model: {'; '.join(near or reasons)}")
 
 
 def special_ids(
