@@ -28,12 +28,6 @@ _MESH = re.compile(
     r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^()]*(?:\([\d,]+\))?)\))? \{([^}]*)\}"
 )
 _TURNED = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?$")
-# A mesh by the sizes of its axes, the order of its devices, and the axes that the groups lie along.
-_MESH = re.compile(
-    r"replica_groups=mesh\[([^\]]*)\]"
-    r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
-)
-_MESH_AXIS = re.compile(r"'([^']+)'(?:=(\d+))?(?::\((\d+)\)(\d+))?")
 _PAIRS = re.compile(r"source_target_pairs=\{(.*?)\}\}")
 _CHAIN = re.compile(r'channel_id=(\d+),.*chain_id="')
 
@@ -217,8 +211,6 @@ def _group(text: str) -> list[int]:
         return _turned(iota[2], iota[3]).reshape(_numbers(iota[1]))[0].tolist()
     if named := _MESH.search(text):
         return _along(*named.groups())
-    if found := _MESH.search(text):
-        return _along(*found.groups())
     if pairs := _PAIRS.search(text):  # a ring, or several: the one that the first device is in
         numbers = [int(n) for n in re.findall(r"\d+", pairs[1])]
         passes = dict(zip(numbers[::2], numbers[1::2], strict=True))
@@ -262,25 +254,6 @@ def _along(mesh: str, devices: str | None, axes: str) -> list[int]:
         before, own = parts.get(name, (1, 1))
         taken.append(np.arange(own) * (size // (before * own)))
     return np.sort(ids[np.ix_(*taken)].reshape(-1)).tolist()
-
-
-def _along(mesh: str, dims: str | None, order: str | None, axes: str) -> list[int]:
-    """The first group of devices along some axes of a mesh, or along parts of them: where axis a is
-    cut into m, n and what is left, the outermost first, `'a':(m)n` is its part of size n."""
-    sizes = {name: int(size) for name, size, *_ in _MESH_AXIS.findall(mesh)}
-    ids = np.arange(math.prod(sizes.values()))
-    if dims:
-        ids = ids.reshape([int(n) for n in dims.split(",")])
-        if order:
-            ids = ids.transpose([int(n) for n in order.split(",")])
-    ids = ids.reshape(list(sizes.values()))
-    chosen = np.zeros((1, len(sizes)), int)  # places on the mesh
-    for name, _, before, size in _MESH_AXIS.findall(axes):
-        step = sizes[name] // (int(before or 1) * int(size or sizes[name]))
-        one = np.zeros((int(size or sizes[name]), len(sizes)), int)
-        one[:, list(sizes).index(name)] = step * np.arange(len(one))
-        chosen = (chosen[:, None] + one).reshape(-1, len(sizes))
-    return ids[tuple(chosen.T)].tolist()
 
 
 def _axes(group: Sequence[int], mesh: Mapping[str, int]) -> tuple[str, ...]:

@@ -166,24 +166,6 @@ def test_a_text_of_a_tpu():
         traffic(TPU.replace("replica_groups=mesh", "replica_groups=web"), MESH)
 
 
-@pytest.mark.parametrize(
-    ("groups", "axes"),
-    [
-        ("mesh['a'=4,'b'=1,'c'=2] {'a'}", ("data", "fsdp")),
-        ("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", ("data",)),
-        ("mesh['a'=2,'b'=2,'c'=2], device_ids=([2,4]T(1,0)) {'a'}", ("fsdp",)),
-        ("mesh['a'=2,'b'=2,'c'=2], device_ids=([2,2,2]T(2,1,0)) {'c','a'}", ("data", "tensor")),
-        ("mesh['a'=8] {'a':(2)2}", ("fsdp",)),
-        ("mesh['a'=2,'b'=4] {'a','b':(2)2}", ("data", "tensor")),
-    ],
-)
-def test_groups_written_as_meshes(groups, axes):
-    """By the axes of a mesh of their own, of which parts may be named, over devices in an order."""
-    text = TEXT.replace("{{0,2},{1,3},{4,6},{5,7}}", groups)
-    (gather,) = (c for c in traffic(text, MESH).collectives if c.kind == "all-gather")
-    assert (gather.axes, gather.size) == (axes, 2 ** len(axes))
-
-
 def test_sent():
     """On a ring of n each device sends n - 1 of n parts, and twice that in an all-reduce."""
     assert Collective("all-gather", (), 4, 1, 400).sent == 300
