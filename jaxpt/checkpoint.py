@@ -25,6 +25,7 @@ from jaxpt import integrity
 from jaxpt.duration import Duration
 from jaxpt.errors import ConfigError, DataError, Exit, exit_code
 from jaxpt.integrity import DamagedError
+from jaxpt.signals import GRACE
 from jaxpt.state import flatten, unflatten
 
 Found = TypeVar("Found")
@@ -41,6 +42,7 @@ class Checkpoint:
     keep: int = 2  # how many of the latest to keep
     keep_every: int | None = None  # also keep those whose step is a multiple of this
     keep_best: int = 0  # also keep the so many with the lowest validation loss
+    grace: float = GRACE  # seconds from a signal to the end: what is not saved by then is lost
 
     def __post_init__(self):
         if self.keep < 1:
@@ -49,6 +51,8 @@ class Checkpoint:
             raise ConfigError("keep_every", f"{self.keep_every} is not valid; give 1 or more steps")
         if self.keep_best < 0:
             raise ConfigError("keep_best", f"{self.keep_best} is not valid; give 0 or more")
+        if not self.grace > 0:
+            raise ConfigError("grace", f"{self.grace} is not valid; give seconds, above 0")
 
     def open(self, folder: pathlib.Path, run_config: str | None = None) -> Checkpoints:
         """The checkpoints in a folder, which is made if it is not there.
@@ -199,9 +203,14 @@ class Checkpoints:
           DamagedError: something is not as it was saved.
         """
         self.progress(step)
-        for path, row in self.manifest(step)["arrays"].items():
-            wanted = {path: np.empty(row["shape"], row["dtype"])}
-            self._read(step, wanted, partial=True)
+        for path in self.manifest(step)["arrays"]:
+            self.array(step, path)
+
+    def array(self, step: int, path: str) -> np.ndarray:
+        """One of the arrays saved at a step, on the host. Raises DamagedError."""
+        row = self.manifest(step)["arrays"][path]
+        wanted = {path: np.empty(row["shape"], row["dtype"])}
+        return self._read(step, wanted, partial=True)[path]
 
     def newest(self, read: Callable[[int], Found]) -> tuple[Found | None, dict[int, str]]:
         """What ``read`` makes of the newest checkpoint that is not damaged, on every process.

@@ -28,11 +28,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpt.errors import ConfigError, Exit, LostProcessError
 from jaxpt.rollcall import Address, RollCall, meet
+from jaxpt.signals import StopRequest
 
 START = 300.0  # seconds in which all processes have to come
 GRACE = 15.0  # seconds that a process has to end in order when another is lost
 AGAIN = "; start all processes again to go on from the last checkpoint"
-METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
+METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,14 +121,19 @@ def _port(environ: Mapping[str, str]) -> int:
     return 20000 + int(environ.get("SLURM_JOB_ID", 0)) % 10000
 
 
-def pod_workers() -> int:
-    """Hosts of the TPU pod slice that this machine is of, by Google Cloud's metadata; else 1."""
+def on_tpu_vm() -> bool:
+    """Whether Google Cloud's metadata server may be asked: this machine has TPUs and libtpu."""
     tpu = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*")
     skip = os.environ.get("TPU_SKIP_MDS_QUERY")
-    if skip or not tpu or importlib.util.find_spec("libtpu") is None:
+    return bool(tpu) and not skip and importlib.util.find_spec("libtpu") is not None
+
+
+def pod_workers() -> int:
+    """Hosts of the TPU pod slice that this machine is of, by Google Cloud's metadata; else 1."""
+    if not on_tpu_vm():
         return 1
     request = urllib.request.Request(
-        METADATA + "worker-network-endpoints", headers={"Metadata-Flavor": "Google"}
+        METADATA + "attributes/worker-network-endpoints", headers={"Metadata-Flavor": "Google"}
     )
     try:
         with urllib.request.urlopen(request, timeout=2) as answer:
@@ -189,8 +195,9 @@ class Session:
         self.roll = roll
         # Called with the cause where this process is ended because another is lost.
         self.ending: Callable[[str], None] | None = None
-        self.first = jax.process_index() == 0
+        self.first, self.alone = jax.process_index() == 0, roll is None
         self._pending: jax.Array | None = None
+        self._stop_pending: jax.Array | None = None
         if roll is not None:
             devices = np.array(jax.devices())
             mesh = Mesh(devices, ("process",))
@@ -203,6 +210,15 @@ class Session:
         """Waits for all processes; see ``RollCall.barrier``."""
         if self.roll is not None:
             self.roll.barrier(name, timeout)
+
+    def share(self, stop: StopRequest) -> None:
+        """A stop that one process is asked for is asked of all: at once, wherever they are.
+
+        After which step they stop is for ``agree`` to say.
+        """
+        if self.roll is not None:
+            stop.told = self.roll.ask_to_stop
+            self.roll.on_stop(lambda number: stop.request(number, "a signal to another process"))
 
     def agree(self, wishes: Wishes) -> Wishes:
         """What any process wished: at once where there is one, else a step later, so that
@@ -218,6 +234,14 @@ class Session:
             return wishes
         self._pending = None
         return _read(self._ask(wishes))
+
+    def agree_to_stop(self, stop: bool) -> bool:
+        """Whether any process has been asked to, for what has no steps: ``agree`` in between is
+        not disturbed. With several, the answer is that to the call before."""
+        if self.roll is None:
+            return stop
+        before, self._stop_pending = self._stop_pending, self._ask(Wishes(stop=stop))
+        return before is not None and _read(before).stop
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:

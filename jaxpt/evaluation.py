@@ -105,6 +105,7 @@ def evaluate(
     put: Callable[[HostBatch], Any],
     validations: Iterable[Validation],
     more: Sequence[str] = (),
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, float]]:
     """Losses of the given parameters.
 
@@ -112,6 +113,7 @@ def evaluate(
       step: compiled eval step.
       put: lays a host batch on the devices.
       more: further metrics of the step to report, each a (sum, count) pair.
+      between: called before every batch; what it raises ends the evaluation.
 
     Returns:
       Component -> {"loss": nats per target, without z-loss and smoothing, "baseline": unigram
@@ -120,7 +122,10 @@ def evaluate(
     """
     results = {}
     for validation in validations:
-        pending = [step(params, put(batch)) for batch in validation.batches]
+        pending = []
+        for batch in validation.batches:
+            between()
+            pending.append(step(params, put(batch)))
         sums = [
             np.sum([np.asarray(m.get(name, m["loss"]), np.float64) for m in pending], axis=0)
             for name in ("cross_entropy", "accuracy")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from jaxpt.answers import Answers
 from jaxpt.data.base import Split
@@ -16,18 +16,24 @@ Results = dict[str, dict[str, float]]
 
 
 def losses(
-    loaded: Loaded, validations: Sequence[Validation], split: Split = "validation"
+    loaded: Loaded,
+    validations: Sequence[Validation],
+    split: Split = "validation",
+    between: Callable[[], None] = lambda: None,
 ) -> Results:
     """Component of the objective -> its loss, baseline, accuracy, number of targets, and what
     else the objective reports.
 
     Where there are labels, also the figures of the whole split: beside the loss, or where the data
     has several domains under the name of each.
+
+    Args:
+      between: called before every batch; what it raises ends the evaluation.
     """
     program = loaded.program
     objective, data = program.phase.objective, program.phase.data
     results = evaluate(
-        program.eval_step, loaded.params, program.put, validations, objective.validated
+        program.eval_step, loaded.params, program.put, validations, objective.validated, between
     )
     if not objective.labelled:
         return results

@@ -60,10 +60,14 @@ class RunFolder:
             raise ConfigError("workdir", f"{self.path} holds no run (it has no config.json)")
         return from_json(self.config.read_text(encoding="utf-8"), config_module)
 
+    def last_step(self) -> int | None:
+        """The step of the last checkpoint that is there, whole or damaged; None: there is none."""
+        paths = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
+        return max((int(p.name) for p in paths if p.name.isdigit()), default=None)
+
     def has_checkpoint(self) -> bool:
-        """Whether a checkpoint is there, whole or not."""
-        steps = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
-        return any(p.name.isdigit() for p in steps)
+        """Whether a checkpoint is there, whole or damaged."""
+        return self.last_step() is not None
 
     def claim(self, run: Run, *, restart: bool = False) -> None:
         """Makes the folder this run's, or makes sure that it already is.

@@ -275,9 +275,9 @@ class MonitorSession:
         counts = {"tokens": self.tokens, "real_tokens": self.real_tokens, "seconds": self.seconds}
         return counts | {"phase": self._phase, "sums": self._sums.state()}
 
-    def abandon(self, cause: str) -> None:
+    def abandon(self, cause: str, state: State = "failed") -> None:
         """The process is about to be ended from another thread: status.json will say why."""
-        self._write_status("failed", cause)
+        self._write_status(state, cause)
 
     def stop(self, cause: str) -> None:
         """The run ends here before its time, on request: status.json will say why."""

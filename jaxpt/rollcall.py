@@ -63,6 +63,8 @@ class RollCall:
         self._names: dict[int, str] = {index: platform.node()}
         self._peers: dict[int, socket.socket] = {}
         self._left: set[int] = set()
+        self._stop: int | None = None  # the signal that some process was asked to stop by
+        self._told_to_stop: Callable[[int], None] | None = None
         self._selector = selectors.DefaultSelector()
         self._closing = False
         self._listener: socket.socket | None = None
@@ -142,6 +144,21 @@ class RollCall:
         else:
             text = f"no word from process 0 after {timeout:g} s (at {name!r})"
         raise LostProcessError(text)
+
+    def on_stop(self, call: Callable[[int], None]) -> None:
+        """``call`` is given the signal that another process is asked to stop by, if one is; by
+        another thread, unless that was before."""
+        with self._changed:
+            self._told_to_stop, known = call, self._stop
+        if known is not None:
+            call(known)
+
+    def ask_to_stop(self, number: int) -> None:
+        """Tells all processes that this one was asked to stop by a signal."""
+        with self._changed:
+            known, self._stop = self._stop, number
+        if known is None:
+            self._tell({"stop": number})
 
     def __enter__(self) -> RollCall:
         return self
@@ -233,7 +250,18 @@ class RollCall:
                 self._lose(f"{_named([index], self._names)} ended: {message['failed']}")
             elif "lost" in message:
                 self._lose(message["lost"])
+            elif "stop" in message:
+                self._hear_of_stop(message)
             self._changed.notify_all()
+
+    def _hear_of_stop(self, message: dict[str, Any]) -> None:
+        if self._stop is not None:
+            return
+        self._stop = message["stop"]
+        if self.index == 0:
+            self._tell(message)
+        if self._told_to_stop is not None:
+            self._told_to_stop(message["stop"])
 
     def _gone(self, peer: socket.socket) -> None:
         index = self._index_of(peer)

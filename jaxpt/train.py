@@ -10,70 +10,35 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import rich.console
 
 from jaxpt import examine, summary
 from jaxpt.checkpoint import Checkpoints
+from jaxpt.checkups import Checkups
 from jaxpt.data.cache import cache_folder
 from jaxpt.data.device import DeviceBatches, gathered
 from jaxpt.data.tokenizers import Tokenizer
 from jaxpt.data.vocabulary import Vocabulary
 from jaxpt.distributed import Session, Wishes, session, start
 from jaxpt.due import Due
-from jaxpt.errors import Exit
-from jaxpt.evaluation import logged, mean_loss
+from jaxpt.errors import Exit, LostProcessError
 from jaxpt.files import read_json
 from jaxpt.folder import RunFolder
-from jaxpt.loading import Loaded
+from jaxpt.maintenance import notices
 from jaxpt.mesh import Layout
 from jaxpt.monitor import MonitorSession
+from jaxpt.objectives.base import Batch
 from jaxpt.program import Program
+from jaxpt.progress import Progress, Result
 from jaxpt.rate import LearningRate
-from jaxpt.report import write_report, write_results, write_samples
+from jaxpt.report import write_report
 from jaxpt.run import Phase, Run, to_json
-from jaxpt.samples import samples, show
-from jaxpt.signals import StopRequest
+from jaxpt.samples import show
+from jaxpt.signals import Interrupted, StopRequest
 from jaxpt.start import Start, open_start
 from jaxpt.state import TrainState
-
-
-@dataclasses.dataclass
-class Progress:
-    """Where a run stands; saved with every checkpoint, as JSON.
-
-    step counts over all phases, phase_step within one; schedule_start is the optimizer's update
-    count at which the phase's schedule began; data and monitor are the states of the loader and
-    of the log.
-    """
-
-    phase: int = 0
-    step: int = 0
-    phase_step: int = 0
-    phase_seconds: float = 0.0
-    schedule_start: int = 0
-    data: dict[str, Any] | None = None
-    monitor: dict[str, Any] | None = None
-
-
-@dataclasses.dataclass
-class Result:
-    """What a run came to.
-
-    results: component -> validation loss, baseline, accuracy, targets, at the last step.
-    samples: validation examples, and what the model puts in the place of their targets.
-    stopped: the signal that ended it before its time, or None.
-    """
-
-    folder: Path
-    program: Program
-    state: TrainState
-    progress: Progress
-    results: dict[str, dict[str, float]] | None
-    stopped: str | None
-    samples: list[dict[str, str]] = dataclasses.field(default_factory=list)
 
 
 class Trainer:
@@ -98,8 +63,9 @@ class Trainer:
         self.stop, self.progress = stop, progress
         self.together, self.resumed, self.source = together, resumed, source
         self.key = jax.random.key(run.seed)
-        self.results: dict[str, dict[str, float]] | None = None
-        self._evaluated_at = self._asked_at = -1
+        self.checkups = Checkups(folder, tokenizer, monitor, stop, together, self.program)
+        self._ending = False  # whether the loop has come to its end, or will at once
+        stop.idle, stop.leaving = self.idle, self.abandon
 
     def train(self) -> Result:
         """Every phase that is left, from where the run stands."""
@@ -109,30 +75,20 @@ class Trainer:
             if stopped or self.progress.phase + 1 == len(self.run.phases):
                 break
             program, state = self.next_phase(program, state)
-        result = Result(self.folder.path, program, state, self.progress, self.results, None)
+        result = Result(self.folder.path, program, state, self.progress, None, None)
+        try:
+            if not stopped:
+                at, checkups = (self.progress.step, program, state), self.checkups
+                checkups.evaluate(*at)
+                checkups.ask(*at)
+                result.results, result.samples = checkups.results, checkups.samples(*at)
+        except Interrupted:
+            stopped = True
         if stopped:
             result.stopped = self.stop.signal.name if self.stop.signal else "SIGTERM"
-            self.monitor.stop(result.stopped)
-        else:
-            self.finish(result)
+            self.monitor.stop(self.stop.cause or result.stopped)
+        self._ending = True
         return result
-
-    def finish(self, result: Result) -> None:
-        """The last evaluation, and samples of what the model does."""
-        program, state = result.program, result.state
-        self.evaluate(program, state)
-        self.ask(program, state)
-        result.results = self.results
-        with self.monitor.during("sampling"):
-            result.samples = samples(
-                program,
-                program.eval_params(state),
-                self.tokenizer,
-                self.validations(program.index),
-                self.run.evaluate.samples,
-            )
-        if self.together.first:
-            write_samples(self.folder.path, self.progress.step, result.samples)
 
     def program(self, index: int, schedule_start: int = 0) -> Program:
         return Program(self.run, index, self.tokenizer.vocabulary, self.layout, schedule_start)
@@ -165,6 +121,7 @@ class Trainer:
         """
         progress, phase, monitor = self.progress, program.phase, self.monitor
         asked = self.together.agree_now(self.wishes(phase))
+        asked.stop = asked.stop or not self.checkups.settle(progress, program, state)
         if asked.over or asked.stop or self.has_its_steps(phase):
             return state, asked.stop
         step = program.train_step
@@ -186,9 +143,8 @@ class Trainer:
         began = time.monotonic() - progress.phase_seconds
         with program.batches(self.tokenizer, progress.data) as batches:
             while not (asked.over or asked.stop):
-                with monitor.wait():
-                    batch = next(batches, None)
-                if batch is None:  # the data has ended
+                batch = self.next_batch(batches)
+                if batch is None:  # the data has ended, or a stop is asked for
                     break
                 state, metrics = step(state, batch, self.key)
                 batches.observe(metrics)
@@ -199,15 +155,42 @@ class Trainer:
                 monitor.log(progress.step, metrics, known)
                 asked = self.together.agree(self.wishes(phase, evaluation_due, save_due))
                 asked.over |= self.has_its_steps(phase)
-                if asked.evaluate or evaluation_due.by_step(progress.phase_step):
-                    self.evaluate(program, state)
-                if ask_due.by_step(progress.phase_step):
-                    self.ask(program, state)
+                evaluate = asked.evaluate or evaluation_due.by_step(progress.phase_step)
+                ask = ask_due.by_step(progress.phase_step)
+                progress.owed = ["evaluate"] * evaluate + ["ask"] * ask
+                asked.stop = not self.checkups.settle(progress, program, state) or asked.stop
                 if asked.save or save_due.by_step(progress.phase_step):
                     self.save(state, batches)
             asked = self.together.agree_now(self.wishes(phase))
-        self.save(state, batches)
+            self._ending = asked.stop
+            self.save(state, batches)
         return state, asked.stop
+
+    def next_batch(self, batches: DeviceBatches) -> Batch | None:
+        """None where the data has ended, or a stop was asked for while it was waited for."""
+        try:
+            with self.monitor.wait():
+                with self.checkups.interruptible():
+                    batches.fill()
+                return next(batches, None)
+        except (Interrupted, LostProcessError):  # of a worker that had the signal, too
+            if not (self.stop and self.together.alone):
+                raise
+            return None
+
+    def idle(self) -> bool:
+        """Whether the loop is busy, and nothing would be lost if the process ended now."""
+        saved = self.folder.last_step() or 0
+        return self.together.alone and not self._ending and saved == self.progress.step
+
+    def abandon(self, why: str) -> str:
+        """The process is about to be ended on request: says so, and what is left."""
+        saved = self.folder.last_step()
+        line = f"{why}; the run goes on from its {f'checkpoint {saved}' if saved else 'beginning'}"
+        self.monitor.abandon(f"{self.stop.cause}: {line}", "stopped")
+        if self.together.first and not self.together.alone:
+            time.sleep(1)  # the others' runtime would end with that of process 0
+        return line
 
     def wishes(self, phase: Phase, evaluation: Due | None = None, save: Due | None = None):
         """What depends on this process's clock and on the signals that it gets."""
@@ -221,57 +204,31 @@ class Trainer:
     def has_its_steps(self, phase: Phase) -> bool:
         return phase.total_steps is not None and self.progress.phase_step >= phase.total_steps
 
-    def loaded(self, program: Program, state: TrainState) -> Loaded:
-        """The model as it is evaluated."""
-        params = program.eval_params(state)
-        return Loaded(self.folder.path, program, params, self.tokenizer, self.progress.step)
-
-    def evaluate(self, program: Program, state: TrainState) -> None:
-        """Measures the validation losses at the present step, once."""
-        if self._evaluated_at == self.progress.step:
-            return
-        with self.monitor.during("evaluating"):
-            loaded = self.loaded(program, state)
-            self.results = examine.losses(loaded, self.validations(program.index))
-        self.monitor.evaluation(self.progress.step, logged(self.results))
-        self._evaluated_at = self.progress.step
-        if self.together.first:
-            write_results(self.folder.path, self.progress.step, self.results)
-
-    def ask(self, program: Program, state: TrainState) -> None:
-        """Asks the tasks of the run's harness at the present step, once."""
-        harness = self.run.evaluate.harness
-        if harness is None or self._asked_at == self.progress.step:
-            return
-        with self.monitor.during("evaluating"):
-            found = examine.ask(self.loaded(program, state), harness)
-        self.monitor.evaluation(self.progress.step, logged(found))
-        self._asked_at = self.progress.step
-
-    @functools.lru_cache(maxsize=1)  # noqa: B019 (a trainer lives as long as its process)
-    def validations(self, index: int):
-        return self.program(index).validations(self.tokenizer, self.run.evaluate.batches)
-
     def save(self, state: TrainState, batches: DeviceBatches | None = None) -> None:
         """Saves what is needed to go on: ``batches`` knows where the data stands."""
         with self.monitor.during("saving"):
             if batches is not None:
                 self.progress.data = gathered(batches.state())
             self.progress.monitor = self.monitor.state()
-            fresh = self.results is not None and self._evaluated_at == self.progress.step
-            loss = mean_loss(self.results or {}) if fresh else None
-            self.checkpoints.save(
-                self.progress.step, state, dataclasses.asdict(self.progress), loss
-            )
+            step = self.progress.step
+            progress, loss = dataclasses.asdict(self.progress), self.checkups.loss(step)
+            self.checkpoints.save(step, state, progress, loss)
 
 
-def train(run: Run, workdir: str | os.PathLike, *, restart: bool = False) -> Result:
+def train(
+    run: Run,
+    workdir: str | os.PathLike,
+    *,
+    restart: bool = False,
+    stop: StopRequest | None = None,
+) -> Result:
     """Trains a run in its folder: a new one, or on from its last checkpoint.
 
     Args:
       run: everything that is computed follows from it.
       workdir: the run's folder; made if it is not there.
       restart: begin again from step 0 where the folder holds metrics but no checkpoint.
+      stop: how a stop is asked for; None: by signals, where this is the main thread.
 
     Raises:
       ConfigError: an impossible choice, or a folder that holds something else; nothing has been
@@ -291,7 +248,11 @@ def train(run: Run, workdir: str | os.PathLike, *, restart: bool = False) -> Res
             folder.keep_tokenizer(tokenizer)
             stack.callback(write_report, folder.path)  # last of all, whatever happened
         together.barrier("the folder is there")
-        stop = stack.enter_context(StopRequest())
+        stop = stack.enter_context(stop or StopRequest())
+        together.share(stop)
+        stop.idle = lambda: together.alone  # so far nothing could be lost
+        told = functools.partial(stop.request, signal.SIGTERM)
+        stack.enter_context(notices(told))
         opened = run.checkpoint.open(folder.checkpoints, to_json(run))
         checkpoints = stack.enter_context(opened)
         read = functools.partial(restore, run, tokenizer.vocabulary, layout, checkpoints)
@@ -370,7 +331,8 @@ def main(
         return Exit.OK
     use_compilation_cache()
     start(coordinator, processes, process_id)
-    result = train(run, workdir, restart=restart)
+    stop = StopRequest(run.checkpoint.grace, leaves=True)
+    result = train(run, workdir, restart=restart, stop=stop)
     console = rich.console.Console(quiet=jax.process_index() > 0)
     if result.stopped is not None:
         console.print(

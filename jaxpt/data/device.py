@@ -89,13 +89,15 @@ class DeviceBatches:
         return self
 
     def __next__(self) -> dict[str, jax.Array]:
-        self._fill()
+        self.fill()
         if not self._ahead:
             raise StopIteration
         batch, self.host, self._place = self._ahead.popleft()
         return batch
 
-    def _fill(self) -> None:
+    def fill(self) -> None:
+        """Waits until there are batches ahead: the next one is then there at once. What is
+        interrupted here hands out no batch, and ``state`` is as it was."""
         while not self._ended and len(self._ahead) <= self._depth:
             host = next(self._loader, None)
             ended = host is None

@@ -29,6 +29,7 @@ from jaxpt.data.mixing.fixed import Fixed
 from jaxpt.data.mixing.mixer import Mixer, check_learning
 from jaxpt.data.packing import Packer, Rows
 from jaxpt.data.stream import BEGINNING, Pieces, Plan, State, Tokenised, piece_counts
+from jaxpt.data.workers import by_process, losses_said
 from jaxpt.errors import ConfigError, DataError
 
 STATE_VERSION = 2
@@ -112,7 +113,8 @@ class Loader:
             # Closes also at the interpreter's exit, and lets go before modules are torn down.
             self._close = weakref.finalize(self, _close, self._open)
         self._mixer.check_ready(self.place.step)
-        element = next(self._open[-1])
+        with losses_said():
+            element = next(self._open[-1])
         if element["ended"]:
             self._ended = True
             self._stop()
@@ -242,8 +244,7 @@ class Loader:
         if workers:
             if not flags.FLAGS.is_parsed():  # grain 0.2.18 reads flags that only absl.app parses
                 flags.FLAGS.mark_as_parsed()
-            options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=loading.prefetch)
-            dataset = dataset.mp_prefetch(options)
+            dataset = by_process(dataset, workers, loading.prefetch)
             if workers > 1:
                 dataset = dataset.batch(workers, drop_remainder=True, batch_fn=join)
         return grain.experimental.ThreadPrefetchIterDataset(
