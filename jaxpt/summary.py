@@ -9,12 +9,14 @@ import jax
 import rich.console
 from rich.table import Table
 
+from jaxpt.mesh import Activation, recorded
 from jaxpt.program import Program
 from jaxpt.run import Run
 
 
 def show(run: Run) -> None:
-    """``jaxpt train --dry-run``: every tensor of every model of the run, and the phases' sizes."""
+    """``jaxpt train --dry-run``: every tensor and activation of every model of the run, and the
+    phases' sizes."""
     console = rich.console.Console()
     tokenizer = run.tokenizer.build()
     layout = run.mesh.build()
@@ -24,6 +26,7 @@ def show(run: Run) -> None:
         if run.model_of(index) != shown:
             shown = run.model_of(index)
             console.print(tensor_table(program))
+            console.print(activation_table(program))
         console.print(
             f"phase {phase.name}: {phase.duration.value:,g} {phase.duration.unit}"
             + (f" = {phase.total_steps:,} steps" if phase.total_steps and not phase.steps else "")
@@ -59,17 +62,43 @@ def tensor_table(program: Program) -> Table:
     for column in ("tensor", "shape", "std", "axes", "placement", "weight"):
         table.add_column(column, justify="right" if column in ("shape", "std") else "left")
     for path, tensor in model.tensors.items():
-        spec = program.layout.spec(tensor.axes, tensor.shape)
+        spec = program.layout.spec(tensor.axes, tensor.shape, path)
         table.add_row(
             path,
             " x ".join(map(str, tensor.shape)),
             f"{tensor.std:.4g}",
             " ".join(a or "-" for a in tensor.axes),
-            " ".join("-" if s is None else s if isinstance(s, str) else "+".join(s) for s in spec)
-            or "-",
+            _placement(spec),
             tensor.weight,
         )
     return table
+
+
+def activation_table(program: Program) -> Table:
+    """A row for each array of the batch and each activation that the model lays out (within stacked
+    layers, of one of them): shape, type, logical axes and placement."""
+    table = Table(title=f"a step's activations, {program.phase.batch} rows")
+    for column in ("activation", "shape", "type", "axes", "placement"):
+        table.add_column(column, justify="right" if column == "shape" else "left")
+    batch = program.abstract_batch
+    found = [
+        Activation(name, ("batch", "length"), x.shape, str(x.dtype), place.spec)
+        for (name, x), place in zip(batch.items(), program.batch_shardings.values(), strict=True)
+    ]
+    step = program.step_function
+    with program.layout.active(), recorded() as activations:
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        jax.eval_shape(lambda *args: step(*args), program.abstract, batch, key)
+    for each in [*found, *activations]:
+        shape, axes = " x ".join(map(str, each.shape)), " ".join(a or "-" for a in each.axes)
+        table.add_row(each.name, shape, each.dtype, axes, _placement(each.spec))
+    return table
+
+
+def _placement(spec: jax.sharding.PartitionSpec) -> str:
+    """The mesh axes of each dimension, ``-`` where it is whole."""
+    each = ("-" if s is None else s if isinstance(s, str) else "+".join(s) for s in spec)
+    return " ".join(each) or "-"
 
 
 def results_table(results: Mapping[str, Mapping[str, float]]) -> Table:
