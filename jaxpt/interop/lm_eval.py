@@ -7,9 +7,11 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -206,12 +208,17 @@ def run(loaded: Loaded, harness: Harness) -> dict[str, dict[str, float]]:
 def _manager(tasks: tuple[str, ...], include_path: str | None) -> TaskManager:
     """Knows where the tasks are; the thousands that come with lm_eval are looked through only if
     some task is not in ``include_path``."""
+    if include_path and not Path(include_path).is_dir():
+        raise ConfigError("include_path", f"{include_path} is no folder; give one of task files")
     for defaults in (False, True) if include_path else (True,):
         manager = TaskManager(include_path=include_path, include_defaults=defaults)
         unknown = [task for task in tasks if not manager.match_tasks([task])]
         if not unknown:
             return manager
-    raise ConfigError("tasks", f"lm_eval knows no {', '.join(unknown)}; give include_path")
+    near = [n for name in unknown for n in difflib.get_close_matches(name, manager.all_tasks)]
+    where = f", nor is it in {include_path}" if include_path else "; give include_path for your own"
+    nearest = f"; nearest: {', '.join(near)}" if near else ""
+    raise ConfigError("tasks", f"lm_eval knows no {', '.join(unknown)}{where}{nearest}")
 
 
 def _figures(found: dict[str, Any]) -> dict[str, float]:
