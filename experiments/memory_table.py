@@ -63,7 +63,9 @@ METHODS = {
     "SLTrain 1/32, 8 bit, per layer, no indices": Method(
         _llama.sltrain, layers=True, support=Grouped(32, stored=False)
     ),
-    "SLTrain 1/20, 8 bit, per layer, no indices": Method(_llama.sltrain_8bit, layers=True),
+    "SLTrain 1/20, 8 bit, per layer, no indices": Method(
+        _llama.sltrain, layers=True, support=Grouped(20, stored=False)
+    ),
     "ReLoRA": Method(_llama.relora),
     "GaLore": Method(_llama.galore),
     "GaLore, 8 bit, per layer": Method(_llama.galore, layers=True),

@@ -117,12 +117,13 @@ def test_every_row_of_the_memory_table_is_a_run(capsys, monkeypatch):
             run = memory_table.run_of(method, size)
             (phase,) = run.phases
             assert (phase.batch, phase.length) == (1, 256)
-            assert isinstance(phase.step, LayerwiseStep) == name.endswith("per layer")
+            assert isinstance(phase.step, LayerwiseStep) == ("per layer" in name)
             assert phase.optimizer.state_dtype == ("8bit" if method.layers else "bfloat16")
             assert (run.model.dtype, run.model.compute) == ("bfloat16", "bfloat16")
             assert run.model.width == {"60m": 512, "13b": 5120}[size]
-            groups = {w.support.size for _, w in run.model.weights if hasattr(w, "support")}
-            assert groups == (set() if method.group is None else {method.group})
+            supports = {w.support for _, w in run.model.weights if hasattr(w, "support")}
+            assert supports == (set() if method.support is None else {method.support})
+            assert all(s.stored != ("no indices" in name) for s in supports)
 
     asked = []
     monkeypatch.setattr(memory_table, "program_on", lambda *args: asked.append(args))
