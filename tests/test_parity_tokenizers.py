@@ -114,3 +114,53 @@ def test_sentencepiece_files_of_t5(lines, tmp_path):
     assert isinstance(back.base, SentencePieceBase)
     assert back.vocabulary.sentinels == tuple(range(219, 119, -1))
     assert back.vocabulary.size == 256
+
+
+def vocabularies(lines, folder, kind: str) -> None:
+    """Files of a vocabulary alone, as the first GPT-2, RoBERTa and BERT had them."""
+    import tokenizers
+
+    if kind == "bert":
+        made = tokenizers.BertWordPieceTokenizer()
+        made.train_from_iterator(lines, vocab_size=300, show_progress=False)
+    else:
+        ends = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"] if kind == "roberta" else []
+        made = tokenizers.ByteLevelBPETokenizer()
+        special = ends or ["<|endoftext|>"]
+        made.train_from_iterator(lines, 400, special_tokens=special, show_progress=False)
+    made.save_model(str(folder))
+    start = {"bos_token_id": 0} if kind == "gpt2" else {}  # as the published ones have
+    write_json(folder / "config.json", {"model_type": kind, **start})
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("gpt2", {}),
+        ("gpt2", {"tokenizer_class": "GPT2TokenizerFast", "add_prefix_space": True}),
+        ("roberta", {"tokenizer_class": "RobertaTokenizer"}),
+        ("bert", {}),
+        ("bert", {"tokenizer_class": "BertTokenizer", "do_lower_case": False}),
+        ("bert", {"tokenize_chinese_chars": False, "strip_accents": False}),
+    ],
+)
+def test_vocabularies_alone(lines, kind, settings, tmp_path):
+    import transformers
+
+    vocabularies(lines, tmp_path, kind)
+    write_json(tmp_path / "tokenizer_config.json", settings)
+    name = {"gpt2": "GPT2", "roberta": "Roberta", "bert": "Bert"}[kind]
+    there = getattr(transformers, f"{name}Tokenizer").from_pretrained(tmp_path)
+    back = Pretrained(path=str(tmp_path)).build()
+    for text in (*TEXTS, *lines[:20], "Naïve Café ISN'T"):
+        ids = back.encode(text).tolist()
+        assert there(text, add_special_tokens=False).input_ids == ids, text
+        if there.unk_token_id not in ids:
+            assert there.decode(ids, clean_up_tokenization_spaces=False) == back.decode(ids)
+    vocabulary = back.vocabulary
+    first, last = ("cls", "sep") if kind == "bert" else ("bos", "eos")
+    assert vocabulary.bos == getattr(there, f"{first}_token_id")
+    assert vocabulary.eos == getattr(there, f"{last}_token_id")
+    assert vocabulary.mask == (None if kind == "gpt2" else there.mask_token_id)
+    if kind != "gpt2":
+        assert vocabulary.pad == there.pad_token_id

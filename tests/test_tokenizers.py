@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxpt.data.base import Source
+from jaxpt.data.pretrained import Pretrained
 from jaxpt.data.text import Text
 from jaxpt.data.tokenizers import (
     BPE,
@@ -267,3 +268,53 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder() == tmp_path / ".cache" / "jaxpt"
+
+
+def test_vocabularies_alone(tmp_path):
+    def build(**files):
+        for old in tmp_path.iterdir():
+            old.unlink()
+        for name, text in files.items():
+            stem, _, kind = name.rpartition("_")
+            (tmp_path / f"{stem}.{kind}").write_text(text)
+        return Pretrained(path=str(tmp_path)).build()
+
+    words = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nthe\nfox\n##es\n"
+    bert = '{"model_type": "bert"}'
+    made = build(vocab_txt=words, config_json=bert)
+    assert made.encode("The foxes bark").tolist() == [5, 6, 7, 1]
+    assert made.decode([5, 6, 7]) == "the foxes"
+    vocabulary = made.vocabulary
+    assert (vocabulary.pad, vocabulary.bos, vocabulary.eos, vocabulary.mask) == (0, 2, 3, 4)
+    pieces = '{"<|endoftext|>": 0, "a": 1, "b": 2, "ab": 3}'
+    gpt2 = '{"model_type": "gpt2"}'
+    made = build(vocab_json=pieces, merges_txt="#version: 0.2\na b\n", config_json=gpt2)
+    assert made.encode("abba").tolist() == [3, 2, 1]
+    for said, files in {
+        "of tokenizer_class CLIPTokenizer cannot be read, only of GPT2Tokenizer and Roberta": {
+            "vocab_json": pieces,
+            "merges_txt": "a b\n",
+            "tokenizer_config_json": '{"tokenizer_class": "CLIPTokenizerFast"}',
+        },
+        "of tokenizer_class None cannot be read": {"vocab_txt": words},
+        "UNK. is not in it": {"vocab_txt": "a\nb\n", "config_json": bert},
+        "no merge of two: 'a b c'": {
+            "vocab_json": pieces,
+            "merges_txt": "a b c\n",
+            "config_json": gpt2,
+        },
+        "`c` out of vocabulary": {"vocab_json": pieces, "merges_txt": "b c", "config_json": gpt2},
+        "no JSON object of ids": {
+            "vocab_json": '{"a": "x"}',
+            "merges_txt": "",
+            "config_json": gpt2,
+        },
+        "an id is 999999999": {
+            "vocab_json": '{"a": 999999999}',
+            "merges_txt": "",
+            "config_json": gpt2,
+        },
+        "holds no tokenizer that is known": {"vocab_json": pieces, "config_json": gpt2},
+    }.items():
+        with pytest.raises(DataError, match=said):
+            build(**files)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxpt.data import vocabulary_files
 from jaxpt.data.encoding import (
     DESCRIPTION,
     SPACE,
@@ -97,7 +98,7 @@ def read(folder: Path) -> tuple[Tokenizer, int]:
     settings = {**_object(folder / "special_tokens_map.json")}
     settings |= _object(folder / "tokenizer_config.json")
     model = _object(folder / "config.json")
-    base = _base(folder, settings)
+    base = _base(folder, settings, model)
     added = _added(base, settings)
 
     def find(text: str) -> int | None:
@@ -127,7 +128,7 @@ def read(folder: Path) -> tuple[Tokenizer, int]:
     return Tokenizer(base, vocabulary, names), free
 
 
-def _base(folder: Path, settings: Mapping[str, Any]) -> Base:
+def _base(folder: Path, settings: Mapping[str, Any], model: Mapping[str, Any]) -> Base:
     if (folder / TOKENIZER_JSON).is_file():
         return FileBase((folder / TOKENIZER_JSON).read_bytes(), str(folder / TOKENIZER_JSON))
     for name in SENTENCEPIECE:
@@ -135,9 +136,12 @@ def _base(folder: Path, settings: Mapping[str, Any]) -> Base:
             return SentencePieceBase((folder / name).read_bytes(), str(folder / name))
     if settings.get("tokenizer_class") in BYTE_LEVEL_CLASSES:
         return ByteBase()
+    if (found := vocabulary_files.read(folder, settings, model)) is not None:
+        return found
     raise DataError(
         f"{folder} holds no tokenizer that is known: {TOKENIZER_JSON}, {', '.join(SENTENCEPIECE)}, "
-        f"or a tokenizer_config.json of {BYTE_LEVEL_CLASSES[0]}"
+        f"vocab.json with merges.txt, vocab.txt, or a tokenizer_config.json of "
+        f"{BYTE_LEVEL_CLASSES[0]}"
     )
 
 
