@@ -1,6 +1,7 @@
 """Whether a run that is killed again and again ends as the one that was left alone: bit for bit.
 
     python -m experiments.chaos --kills 50 [--processes 2] [--case NAME] [--seed N] [--json]
+    python -m experiments.chaos --kills 20 --signal TERM
 
 Every case is trained once without a disturbance, and once by processes that are ended by SIGKILL
 from outside, each a real one that does what ``jaxpt train`` does, and started again each time. In
@@ -17,7 +18,8 @@ a little later. Moments:
     save        orbax's temporary folder is there, so that a save is under way in the background
     worker      in place of the run a process that makes its batches: the run has to end by itself
 
-A process of several is killed alone; the others have to end by themselves.
+A process of several is killed alone; the others have to end by themselves. With another signal all
+of them have to save and end in time.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ from jaxpt.run import Run, to_json
 
 MOMENTS = ("start", "compile", "step", "evaluation", "save", "worker", "time")
 LATER = {"start": 0.8, "compile": 1.5, "step": 0.03, "evaluation": 0.03, "save": 0.08}  # seconds
-PATIENCE = 120.0  # seconds in which what should end by itself has to
+PATIENCE = 600.0  # seconds in which what should end by itself has to
 STEPS = 24
 PRELOAD = ["jaxpt.cli", "jaxpt.train", "jaxpt.doctor", "jaxpt.data.corpus", "optax.contrib"]
 
@@ -62,9 +64,10 @@ class Kill:
     """One that is to happen: at the ``nth`` time that the moment is seen in a process's life."""
 
     moment: str
-    nth: int  # for "time": not used
-    after: float  # seconds after it was seen; for "time": after the process was started
-    victim: int  # of several processes
+    nth: int = 1  # for "time" and "start": not used
+    after: float = 0.0  # seconds after it was seen; for those two: after the process was started
+    victim: int = 0  # of several processes
+    number: signal.Signals = signal.SIGKILL
 
 
 class Folder:
@@ -86,8 +89,8 @@ class Folder:
         folder = self.path / "checkpoints"
         return folder.is_dir() and any("tmp" in name for name in os.listdir(folder))
 
-    def moment(self, pid: int, before: dict[str, Any]) -> str:
-        """What the process is at; ``before``: the last row of the process before it."""
+    def moment(self, pid: int) -> str:
+        """What the process is at."""
         if self.saving():
             return "save"
         status = read_json(self.path / "status.json", {})
@@ -214,31 +217,37 @@ class Blow:
     meant: str
     moment: str
     step: int
+    number: signal.Signals
     codes: list[int | None]
     left: int  # processes that outlived it
+    seconds: float  # until all had ended
+
+    @property
+    def expected(self) -> bool:
+        """Whether it ended as it should, and all of it. A signal may come before a run takes it,
+        and after its last step."""
+        stopped = 128 + self.number
+        if self.number == signal.SIGKILL:
+            return set(self.codes) <= {-signal.SIGKILL, Exit.LOST_PROCESS} and not self.left
+        return set(self.codes) <= {stopped, -self.number, 0} and not self.left
 
 
 def strike(lives: Lives, run: Run, folder: Path, kill: Kill) -> Blow | None:
     """Starts the run, and kills it; None where it came to its end before."""
     scene = Folder(folder)
-    before = scene.last_row()
     processes = lives.start(run, folder, cold=kill.moment == "compile")
     first, victim = processes[0], processes[kill.victim]
-    began, seen, at, due = time.monotonic(), 0, "", None
+    began, seen, at, due = time.monotonic(), 0, None, None
     if kill.moment in ("time", "start"):
         due = began + kill.after
     while all(process.exitcode is None for process in processes):
-        now, moment = time.monotonic(), scene.moment(first.pid, before)
+        now, moment = time.monotonic(), scene.moment(first.pid)
         if due is None:
-            hit = (
-                bool(workers(victim.pid)) and moment == "step"
-                if kill.moment == "worker"
-                else (moment == kill.moment)
-            )
-            row = scene.last_row().get("step")
-            mark = (row, hit)
-            seen += hit and mark != at
-            at = mark
+            hit = moment == ("step" if kill.moment == "worker" else kill.moment)
+            hit = hit and (kill.moment != "worker" or bool(workers(victim.pid)))
+            here = scene.last_row().get("step", 0) if hit else None
+            seen += hit and here != at
+            at = here
             if seen >= kill.nth:
                 due = now + kill.after
         if due is not None and now >= due:
@@ -257,28 +266,31 @@ def land(processes: Sequence[Any], kill: Kill, scene: Folder, moment: str) -> Bl
     if kill.moment == "worker" and (own := workers(victim.pid)):
         moment = "worker"
         os.kill(own[step % len(own)], signal.SIGKILL)
-    elif moment == "start":  # those who wait for one that never came would wait long
-        for process in processes:
-            process.kill()
-    else:
-        victim.kill()
+    else:  # at the start, those who wait for one that never came would wait long
+        for process in processes if moment == "start" else [victim]:
+            os.kill(process.pid, kill.number)
+    began = time.monotonic()
     codes = ended(processes)
+    seconds = time.monotonic() - began
     until = time.monotonic() + 10
     while (left := [pid for pid in family if alive(pid)]) and time.monotonic() < until:
         time.sleep(0.02)
     for pid in left:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    return Blow(kill.moment, moment, step, codes, len(left))
+    number = signal.SIGKILL if moment == "worker" else kill.number
+    return Blow(kill.moment, moment, step, number, codes, len(left), seconds)
 
 
-def plan(random: random.Random, processes: int, moments: Sequence[str]) -> Iterator[Kill]:
+def plan(
+    random: random.Random, processes: int, moments: Sequence[str], number: signal.Signals
+) -> Iterator[Kill]:
     """Kills without end, every moment in turn in an order that is drawn."""
     while True:
         for moment in random.sample(moments, len(moments)):
             most = 6.0 if moment == "time" else LATER.get(moment, 0.0)
             nth = random.choice((1, 1, 2, 3)) if moment in ("step", "save", "evaluation") else 1
-            yield Kill(moment, nth, random.uniform(0, most), random.randrange(processes))
+            yield Kill(moment, nth, random.uniform(0, most), random.randrange(processes), number)
 
 
 def timeless(value: Any) -> Any:
@@ -341,9 +353,7 @@ def ordeal(
     lives.finish(run, straight)
     blows: list[Blow] = []
     wrong: list[str] = []
-    attempts = 0
     while len(blows) < count:
-        attempts += 1
         blow = strike(lives, run, folder, next(kills))
         if blow is None:  # the run is done: the rest of the kills fall on another one
             wrong += differences(straight, folder)
@@ -351,10 +361,12 @@ def ordeal(
             told(f"{name}: finished after {len(blows)} kills")
             continue
         blows.append(blow)
-        told(f"{name}: killed at {blow.moment} (step {blow.step}); exit codes {blow.codes}")
-        expected = {-signal.SIGKILL, Exit.LOST_PROCESS}
-        if not set(blow.codes) <= expected or blow.left:
-            wrong.append(f"{blow}: {blow.left} processes left, or an end that was not expected")
+        told(
+            f"{name}: {blow.number.name} at {blow.moment} (step {blow.step}): exit codes "
+            f"{blow.codes} after {blow.seconds:.1f} s"
+        )
+        if not blow.expected:
+            wrong.append(f"{blow} was not expected")
             told(last_words(folder))
     lives.finish(run, folder)
     return blows, wrong + differences(straight, folder)
@@ -370,6 +382,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=1, help="of each run")
     parser.add_argument("--case", action="append", choices=sorted(CASES), help="default: all")
     parser.add_argument("--moment", action="append", choices=MOMENTS, help="default: all")
+    parser.add_argument("--signal", choices=("KILL", "TERM", "INT"), default="KILL")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=None, help="default: another every time")
     parser.add_argument("--keep", type=Path, help="folder for the runs (default: removed)")
@@ -392,7 +405,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         run = CASES[name](args.steps)
         moments = [m for m in args.moment or MOMENTS if m != "worker" or run.loader.workers]
-        kills = plan(own, args.processes, moments)
+        number = signal.Signals[f"SIG{args.signal}"]
+        kills = plan(own, args.processes, moments, number)
         try:
             found, wrong[name] = ordeal(
                 lives, name, run, kills, count, lambda line: print(line, file=out, flush=True)
@@ -403,10 +417,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = {
         "seed": seed,
         "kills": len(blows),
+        "signal": args.signal,
         "processes": args.processes,
         "cases": [name for name in names if name in wrong],
         "by moment": dict(collections.Counter(blow.moment for blow in blows)),
         "wrong": {name: lines for name, lines in wrong.items() if lines},
+        "longest end": round(max((blow.seconds for blow in blows), default=0.0), 1),
         "seconds": round(time.monotonic() - began),
         "versions": environment.versions(),
     }

@@ -116,6 +116,21 @@ def phases(steps: int) -> Run:
     return with_workers(dataclasses.replace(run, phases=(run.phases[0], second)))
 
 
+def everything(steps: int) -> Run:
+    """Masks that change; then a prefix and an average; batches by two workers."""
+    run = masks(steps // 2)
+    second = dataclasses.replace(
+        run.phases[0],
+        name="second",
+        steps=steps - steps // 2,
+        objective=PrefixLM(),
+        batch=4,
+        length=48,
+        updates=(Average(decay=0.9),),
+    )
+    return with_workers(dataclasses.replace(run, phases=(run.phases[0], second)))
+
+
 def distilled(steps: int) -> Run:
     """A dense model; its low-rank approximation learns from it; that goes on alone (PELA)."""
     cut = LowRank(rank=0.4)
@@ -194,6 +209,7 @@ CASES = {
     "phases": phases,
     "masks": masks,
     "mixing": mixing,
+    "everything": everything,
 }
 
 
