@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.chaos import Folder, Lives, alive, descendants, ended, last_words, workers
 from experiments.chaos_cases import tiny
+from experiments.lives import Folder, Lives, alive, descendants, ended, last_words, workers
 from jaxpt import environment
 from jaxpt.errors import Exit
 from jaxpt.objectives import CausalLM

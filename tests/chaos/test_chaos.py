@@ -7,8 +7,9 @@ import signal
 
 import pytest
 
-from experiments.chaos import Kill, Lives, ordeal
+from experiments.chaos import Kill, ordeal
 from experiments.chaos_cases import CASES
+from experiments.lives import Lives
 from jaxpt.errors import Exit
 
 KILLS = {
