@@ -114,8 +114,10 @@ class Program:
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        return self.phase.optimizer.build(
-            self.model.tensors, self.learning_rate, start=self.schedule_start
+        optimizer, config = self.phase.optimizer, self.run.model_of(self.index)
+        scales = config.rate_scales(optimizer, self.vocabulary.size)
+        return optimizer.build(
+            self.model.tensors, self.learning_rate, start=self.schedule_start, scales=scales
         )
 
     @functools.cached_property

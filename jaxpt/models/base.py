@@ -93,6 +93,15 @@ class ModelConfig:
             total += network.flops(own, vocab_size, batch, length, target_length)
         return total
 
+    def rate_scales(self, optimizer: Any, vocab_size: int) -> Mapping[str, float]:
+        """Path -> factor of the learning rate that this optimizer (a config) is to have there; 1
+        for what is left out. The pull of weight decay stays as it is.
+
+        Raises:
+          ConfigError: an optimizer that the model has no factors for.
+        """
+        return {}
+
     def build(self, vocab_size: int) -> Model:
         """The model. Raises ConfigError, e.g. for path patterns that match nothing."""
         from jaxpt.models.model import Model

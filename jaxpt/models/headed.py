@@ -77,7 +77,14 @@ class HeadedNetwork(Network):
 
 
 def headed(pretrained: Transformer, classes: int, **changes: Any) -> Headed:
-    """``pretrained`` with a head: all of its fields but those of its output, and ``changes``."""
+    """``pretrained`` with a head: all of its fields but those of its output, and ``changes``.
+
+    Raises:
+      ConfigError: a kind of Transformer whose fields do not say all that it is.
+    """
+    if type(pretrained) not in (Transformer, Headed):
+        name = type(pretrained).__name__
+        raise ConfigError("model", f"of {name} give the Transformer that it stands for: plain(...)")
     fields: dict[str, Any] = {
         f.name: getattr(pretrained, f.name) for f in dataclasses.fields(Transformer)
     }

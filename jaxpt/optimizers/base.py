@@ -178,7 +178,13 @@ class Optimizer:
             raise error.within("schedule") from None
         return lambda step: jnp.float32(self.lr) * multiplier(step)
 
-    def build(self, tensors: Tensors, learning_rate: StepFunction, start: int = 0) -> Built:
+    def build(
+        self,
+        tensors: Tensors,
+        learning_rate: StepFunction,
+        start: int = 0,
+        scales: Mapping[str, float] = types.MappingProxyType({}),
+    ) -> Built:
         """The transformation over nested dicts of parameters.
 
         Frozen parameters have no state and an update of zeros.
@@ -188,11 +194,14 @@ class Optimizer:
           learning_rate: of the phase's step.
           start: updates made before this phase, if the optimizer's state is kept from the phase
             before: ``learning_rate`` gets the update count less ``start``. 0 with a fresh state.
+          scales: path -> factor of the learning rate that the model asks for, beside the groups';
+            the pull of weight decay, lr * weight_decay, stays as it is.
 
         Raises:
           ConfigError: a group that no parameter belongs to, or that parts what is updated as one.
         """
         treatments = resolve(self.groups, self.weight_decay, tensors)
+        treatments |= {path: treatments[path].scaled(by) for path, by in scales.items()}
 
         def rate(count):
             return learning_rate(jnp.maximum(count - start, 0))

@@ -53,6 +53,11 @@ class Treatment:
     weight_decay: float
     frozen: bool
 
+    def scaled(self, by: float) -> Treatment:
+        """With a learning rate so many times as large, and the same pull of weight decay."""
+        decay = self.weight_decay / by
+        return dataclasses.replace(self, lr_scale=self.lr_scale * by, weight_decay=decay)
+
 
 def is_matrix(tensor: Tensor) -> bool:
     """Whether the tensor is a matrix that multiplies activations (one per layer where stacked).

@@ -65,9 +65,10 @@ class Muon(Optimizer):
             nesterov=self.nesterov,
             weight_dimension_numbers=lambda _: IN_OUT,
         )
-        return of_optax(optax.chain(muon, optax.scale(self._size(tensor))))
+        return of_optax(optax.chain(muon, optax.scale(self.size(tensor))))
 
-    def _size(self, tensor: Tensor) -> float:
+    def size(self, tensor: Tensor) -> float:
+        """The spectral norm of an update of this matrix, without the learning rate."""
         d_in, d_out = tensor.shape
         if self.rms is None:
             return math.sqrt(max(1.0, d_out / d_in))
