@@ -74,8 +74,10 @@ class StopRequest:
             self._asked = time.monotonic()
             self.cause = cause or signal.Signals(number).name
             self.signal = signal.Signals(number)
-            if self._here is not None:
-                self._here.send(b"\0")  # wakes the watch
+            here = self._here
+            if here is not None:
+                with contextlib.suppress(OSError):  # closed just now: there is nothing to watch
+                    here.send(b"\0")  # wakes the watch
 
     @contextlib.contextmanager
     def interrupting(self) -> Iterator[None]:
@@ -145,13 +147,22 @@ class StopRequest:
             if told and self.leaves and since > min(self.grace, PROMPT):
                 if since > self.grace:
                     self._leave(f"not all was saved within {self.grace:g} s")
-                if self.idle():
+                if self._has_nothing_to_lose():
                     self._leave("there was nothing to save")
+
+    def _has_nothing_to_lose(self) -> bool:
+        try:
+            return self.idle()
+        except OSError:  # a folder that cannot be looked at tells nothing
+            return False
 
     def _leave(self, why: str) -> None:
         assert self.signal is not None
+        line = why
         try:
             line = self.leaving(why)
-            print(f"stopped by {self.cause}: {line}", file=sys.stderr, flush=True)
         finally:
-            os._exit(128 + self.signal)
+            try:
+                print(f"stopped by {self.cause}: {line}", file=sys.stderr, flush=True)
+            finally:
+                os._exit(128 + self.signal)

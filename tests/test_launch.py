@@ -7,8 +7,9 @@ import subprocess
 import pytest
 import yaml
 
-from jaxpt import cli
+from jaxpt import cli, signals
 from jaxpt.errors import Exit
+from jaxpt.launch import GRACE
 
 CONFIG = "configs/ul2_tiny.py"
 RUN = ["--workdir", "/runs/a b", "--optimizer.lr", "1e-3", "--model.scan"]
@@ -35,6 +36,8 @@ def test_slurm(tmp_path, capsys):
     assert "#SBATCH --nodes=4" in options
     assert "#SBATCH --account=me" in options
     assert "#SBATCH --requeue" in options
+    assert f"#SBATCH --signal=TERM@{GRACE}" in options  # to the processes, not to this script
+    assert GRACE > 2 * signals.GRACE
     assert not any("partition" in option for option in options)
     (run,) = [line for line in script.splitlines() if line.startswith("srun ")]
     assert shlex.split(run)[2:] == COMMAND

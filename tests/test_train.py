@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from tiny import tiny_run, with_phases
 
+from jaxpt import checkups, examine
 from jaxpt.checkpoint import Checkpoints
+from jaxpt.data.device import DeviceBatches
 from jaxpt.errors import ConfigError
 from jaxpt.files import read_json, read_metrics
 from jaxpt.folder import RunFolder
@@ -81,28 +83,53 @@ def stop_after(monkeypatch, steps: int):
     monkeypatch.setattr(loop.MonitorSession, "log", log)
 
 
+def stop_inside(monkeypatch, owner, name: str, call: int):
+    """Asks for a stop inside the so-manyeth call of a function, which is left there."""
+    original, calls = getattr(owner, name), []
+
+    def function(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+            raise AssertionError("it was not interrupted")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, function)
+
+
+# Where a stop is asked for: what does it, and the step that the run stops at.
+STOPS = {
+    "step": (lambda patch: stop_after(patch, 3), 3),
+    "evaluation": (lambda patch: stop_inside(patch, examine, "losses", 2), 4),
+    # Twice for every batch: where it is waited for, and where it is taken.
+    "wait for data": (lambda patch: stop_inside(patch, DeviceBatches, "fill", 7), 3),
+    "samples": (lambda patch: stop_inside(patch, checkups, "samples", 1), 6),
+}
 OBJECTIVES = [
-    pytest.param("decoder", CausalLM(), id="causal", marks=pytest.mark.smoke),
-    pytest.param("decoder", PrefixLM(), id="prefix"),
-    pytest.param("decoder", MaskedLM(), id="masked"),
-    pytest.param("decoder", UL2(), id="ul2-decoder"),
-    pytest.param("encoder_decoder", SpanCorruption(), id="span-corruption"),
-    pytest.param("encoder_decoder", UL2(), id="ul2", marks=pytest.mark.smoke),
+    pytest.param("decoder", CausalLM(), "evaluation", id="causal", marks=pytest.mark.smoke),
+    pytest.param("decoder", PrefixLM(), "wait for data", id="prefix"),
+    pytest.param("decoder", MaskedLM(), "samples", id="masked"),
+    pytest.param("decoder", UL2(), "step", id="ul2-decoder"),
+    pytest.param("encoder_decoder", SpanCorruption(), "step", id="span-corruption"),
+    pytest.param("encoder_decoder", UL2(), "step", id="ul2", marks=pytest.mark.smoke),
 ]
 
 
-@pytest.mark.parametrize(("kind", "objective"), OBJECTIVES)
-def test_stopped_and_resumed_equals_straight(tmp_path, monkeypatch, kind, objective):
+@pytest.mark.parametrize(("kind", "objective", "where"), OBJECTIVES)
+def test_stopped_and_resumed_equals_straight(tmp_path, monkeypatch, kind, objective, where):
     run = tiny_run(
         tmp_path, kind=kind, objective=objective, **{"model.dropout": 0.1, "model.scan": True}
     )
     run = dataclasses.replace(run, evaluate=dataclasses.replace(run.evaluate, every=2))
     straight = train(run, tmp_path / "straight")
     with monkeypatch.context() as patch:
-        stop_after(patch, 3)
+        stop, step = STOPS[where]
+        stop(patch)
         stopped = train(run, tmp_path / "resumed")
     assert stopped.stopped == "SIGTERM"
-    assert stopped.progress.step == 3
+    assert stopped.progress.step == step
+    assert read_json(tmp_path / "resumed" / "status.json")["state"] == "stopped"
     resumed = train(run, tmp_path / "resumed")
     assert resumed.stopped is None
     assert_same_state(straight.state, resumed.state)
