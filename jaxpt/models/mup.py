@@ -101,13 +101,14 @@ class MuP(Transformer):
 
     def plain(self, vocab_size: int) -> Transformer:
         """The Transformer that this is at its width, all scales worked out."""
-        own, base = _models(self, vocab_size)
-        outer = own.config.width_of_output / base.config.width_of_output
-        at_base = self.attention.scale or base.config.head_dim**-0.5
-        scale = at_base * base.config.head_dim / self.head_dim
+        base = self.of_base()
+        outer = self.width_of_output / base.width_of_output
+        at_base = self.attention.scale or base.head_dim**-0.5
+        scale = at_base * base.head_dim / self.head_dim
+        own, small = _models(self, vocab_size)
         inits = {}
         for path, tensor in own.tensors.items():
-            named, std = without_number(path), _std(path, own, base)
+            named, std = without_number(path), _std(path, own, small)
             given = next((i for p, i in self.inits if fnmatch.fnmatchcase(named, p)), None)
             if given is None and tensor.std:
                 inits[named] = Normal(std)
