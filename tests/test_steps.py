@@ -1,4 +1,5 @@
-"""The steps: the gradient does not depend on how a batch is cut, nor the losses on the mesh."""
+"""The steps: the gradient does not depend on how a batch is cut. (That the losses do not depend on
+the mesh: test_mesh.py.)"""
 
 import dataclasses
 
@@ -14,13 +15,11 @@ from jaxpt.mesh import Layout, Mesh, constrain
 from jaxpt.models.attention import Attention
 from jaxpt.objectives.base import Loss
 from jaxpt.objectives.causal import CausalLM
-from jaxpt.objectives.masked import MaskedLM
 from jaxpt.objectives.ul2 import UL2
 from jaxpt.optimizers import Adafactor, AdamW
 from jaxpt.program import Program
 from jaxpt.state import TrainState, flatten, unflatten
 from jaxpt.steps import accumulated_gradients, loss_function, train_step
-from jaxpt.weights import Dense, Grouped, LowRank, SparsePlusLowRank, Uniform
 
 
 def program_of(run, index=0):
@@ -95,46 +94,6 @@ def test_padding_changes_nothing(tmp_path):
         ]
     assert float(results[0][0].count) == float(results[1][0].count) > 0
     assert_close(results[0], results[1], 1e-6)
-
-
-FACTORED = (
-    ("*/attention/*", LowRank(6)),
-    ("*/mlp/up", SparsePlusLowRank(4, 8.0, Grouped(4))),
-    ("*/mlp/*", SparsePlusLowRank(4, 8.0, Uniform(0.25))),
-    ("*", Dense()),
-)
-
-
-@pytest.mark.parametrize(
-    ("kind", "objective", "weights"),
-    [
-        ("decoder", CausalLM(), FACTORED),
-        ("encoder", MaskedLM(), (("*", Dense()),)),
-        ("encoder_decoder", UL2(), (("*", Dense()),)),
-    ],
-    ids=["decoder-factored", "encoder", "encoder-decoder"],
-)
-def test_eight_devices_equal_one(tmp_path, kind, objective, weights):
-    """data x fsdp x tensor: the same losses over 20 steps, to 1e-5."""
-    changes = {"steps": 20, "optimizer.lr": 1e-3, "model.weights": weights}
-    run = tiny_run(tmp_path, kind=kind, objective=objective, **changes)
-    losses = {}
-    for name, mesh in (("one", Mesh(devices=1)), ("eight", Mesh(data=2, fsdp=2, tensor=2))):
-        program = program_of(dataclasses.replace(run, mesh=mesh))
-        state, key = program.init(jax.random.key(0)), jax.random.key(1)
-        losses[name] = []
-        for batch in host_batches(program, run, 20):
-            state, metrics = program.train_step(state, program.put(batch), key)
-            total, count = metrics["loss"]
-            losses[name].append(float(total) / float(count))
-    np.testing.assert_allclose(losses["one"], losses["eight"], rtol=1e-5)
-    assert losses["one"][-1] < losses["one"][0] - 0.1
-    placed = {p: x.sharding.spec for p, x in flatten(state.params).items()}
-    fresh = flatten(program.init(jax.random.key(0)).params)
-    for path, trained in flatten(state.params).items():
-        assert np.array_equal(fresh[path], trained) == path.endswith("indices"), path
-    assert any("fsdp" in str(s) for s in placed.values())
-    assert any("tensor" in str(s) for s in placed.values())
 
 
 def test_optimizer_state_lies_like_its_parameters(tmp_path):
