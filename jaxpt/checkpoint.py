@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
-from jaxpt import integrity
+from jaxpt import integrity, migrations
 from jaxpt.duration import Duration
 from jaxpt.errors import ConfigError, DataError, Exit, exit_code
 from jaxpt.integrity import DamagedError
@@ -136,10 +136,12 @@ class Checkpoints:
         return self._manager.save(step, args=args, metrics=metrics, force=True)
 
     def manifest(self, step: int) -> dict[str, Any]:
-        """What the checkpoint of a step should hold (``integrity.manifest``).
+        """What the checkpoint of a step should hold (``integrity.manifest``). Arrays are called as
+        they are today; where they were saved under another name, that is "saved_as" of their row.
 
         Raises:
           DamagedError: it cannot be read.
+          DataError: it was written by a later version.
         """
         if step in self._manifests:
             return self._manifests[step]
@@ -148,6 +150,15 @@ class Checkpoints:
             found = self._manager.restore(step, args=args)["manifest"]
             if found["step"] != step or not integrity.is_whole(found):
                 raise DamagedError(f"{self.folder / str(step)}: its manifest is not as saved")
+            rows = found["arrays"]
+            try:
+                names = migrations.paths(rows, found["format"])
+            except DataError as error:
+                raise DataError(f"{self.folder / str(step)}: {error}") from None
+            found["arrays"] = {
+                path: rows[old] if path == old else rows[old] | {"saved_as": old}
+                for path, old in names.items()
+            }
             self._manifests[step] = found
             return found
 
@@ -274,13 +285,15 @@ class Checkpoints:
         """Arrays by path as they were saved, held against the manifest, then in the types of
         ``wanted``."""
         manifest = self.manifest(step)
-        saved = {path: _as_saved(x, manifest["arrays"][path]) for path, x in wanted.items()}
-        target = unflatten(saved)
+        rows = manifest["arrays"]
+        names = {path: rows[path].get("saved_as", path) for path in wanted}
+        target = unflatten({names[path]: _as_saved(x, rows[path]) for path, x in wanted.items()})
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         args = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=partial)
         with self._reading(step):
             found = self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
-            flat = flatten(found)
+            saved = flatten(found)
+            flat = {path: saved[names[path]] for path in wanted}
             try:
                 integrity.check_arrays(manifest, flat)
             except DamagedError as error:

@@ -23,10 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpt import environment
+from jaxpt import environment, migrations
 from jaxpt.errors import DataError
 
-FORMAT = 1
 CHUNK = 1 << 22  # entries of an array that the host looks at together
 
 
@@ -59,7 +58,7 @@ def manifest(
     """
     sums = checksums(arrays)
     found = {
-        "format": FORMAT,
+        "format": migrations.FORMAT,
         "step": step,
         "arrays": {
             path: {"shape": list(x.shape), "dtype": str(x.dtype), "checksum": sums[path]}

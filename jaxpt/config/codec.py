@@ -27,6 +27,7 @@ from typing import Any, Literal, TypeVar, Union
 
 import cattrs
 
+from jaxpt import migrations
 from jaxpt.config import tree
 from jaxpt.errors import ConfigError
 
@@ -142,6 +143,7 @@ def class_of(tag: Any, classes: Mapping[str, type]) -> type:
         raise ConfigError("type", f"{_short(tag)} names no class")
     if tag in classes:
         return classes[tag]
+    tag = migrations.class_tag(tag)
     if tag.startswith("config:"):
         known = (
             f"; it shows: {', '.join(t.removeprefix('config:') for t in classes)}"
