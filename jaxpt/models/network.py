@@ -104,9 +104,11 @@ class Stack(Layers):
             if rotary.local is not None:
                 local_angles = rotary_angles(positions_BT, rotary.local, config.head_dim, length)
         bias = self._bias()
-        if cache is None:
+        layout = sharding_layout()
+        ring = layout is not None and layout.ring and layout.ways("length") > 1
+        if cache is None and not ring:  # a ring makes each part of the bias where it is used
             length, implementation = x_BTD.shape[1], config.attention.implementation
-            sharded = sharding_layout() is not None
+            sharded = layout is not None
             bias = kernel.shared_bias(bias, length, length, implementation, sharded=sharded)
         context = Context(rule, angles, bias, cross_rule, encoded, local_angles)
         x_BTD, cache = self.run(x_BTD, context, keys[1], cache)
