@@ -118,7 +118,7 @@ def phases(steps: int) -> Run:
 
 def everything(steps: int) -> Run:
     """Masks that change; then a prefix and an average; batches by two workers."""
-    run = masks(steps // 2)
+    run = masks(steps // 2).replace(**{"model.layers": 1})
     second = dataclasses.replace(
         run.phases[0],
         name="second",

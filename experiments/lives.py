@@ -21,6 +21,7 @@ from jaxpt.files import read_json, read_row
 from jaxpt.run import Run, to_json
 
 PATIENCE = 600.0  # seconds in which what should end by itself has to
+QUICK = "--xla_backend_optimization_level=2"  # compiles sooner; below it some programs fail
 PRELOAD = ["jaxpt.cli", "jaxpt.train", "jaxpt.doctor", "jaxpt.data.corpus", "optax.contrib"]
 
 
@@ -63,7 +64,7 @@ def train(config: str, folder: str, log: str, cache: str, flags: Sequence[str]) 
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
-    os.environ |= {"JAXPT_CACHE": cache, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    os.environ |= {"JAXPT_CACHE": cache, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK}
     from jaxpt import cli
 
     code = cli.main(["train", config, "--workdir", folder, *flags])
