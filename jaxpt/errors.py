@@ -10,6 +10,14 @@ import signal
 import sys
 
 
+def printable(text: str) -> str:
+    """``text`` as any terminal and any file can have it: what comes from a file may be half of a
+    surrogate pair, or a command to the terminal."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
 class ConfigError(ValueError):
     """A choice in the configuration that cannot work.
 
@@ -18,8 +26,8 @@ class ConfigError(ValueError):
     """
 
     def __init__(self, field: str, message: str):
-        self.field = field
-        self.message = message
+        self.field = field = printable(field)
+        self.message = message = printable(message)
         super().__init__(f"{field}: {message}" if field else message)
 
     def __reduce__(self):
@@ -32,6 +40,9 @@ class ConfigError(ValueError):
 
 class DataError(ValueError):
     """Input data that cannot be read; the message names the file and, if there is one, the line."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 class LostProcessError(RuntimeError):

@@ -93,12 +93,10 @@ def read_json(path: str | os.PathLike, default: Any = None) -> Any:
       ValueError: the file is there and is not JSON; names the file.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return default
-    try:
-        return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
 
 
@@ -106,7 +104,7 @@ def read_row(line: bytes | str) -> dict[str, Any] | None:
     """One line of metrics.jsonl, or None where it is torn: no whole object with a step."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     whole = isinstance(row, dict) and type(row.get("step")) is int
     return row if whole else None

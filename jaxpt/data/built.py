@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,8 @@ class BuiltDocuments(Sequence[np.ndarray]):
 
     def sizes(self) -> np.ndarray:
         """int64 [documents]: their sizes as the source that was built from counts them."""
-        return np.concatenate([np.load(self.folder / sizes_name(name)) for name in self.names])
+        pairs = zip(self.names, self.counts, strict=True)
+        return np.concatenate([_sizes(self.folder / sizes_name(name), n) for name, n in pairs])
 
     def check_tokenizer(self, tokenizer: Any) -> None:
         """Raises ConfigError unless the ids are those of ``tokenizer``."""
@@ -135,6 +137,9 @@ class BuiltDocuments(Sequence[np.ndarray]):
         except (RuntimeError, ValueError, IndexError) as error:
             name = self.folder / self.names[which]
             raise DataError(f"{name}, record {place}: cannot be read: {error}") from error
+        if len(record) % self.dtype.itemsize:
+            name = self.folder / self.names[which]
+            raise DataError(f"{name}, record {place}: {len(record)} bytes are no ids")
         return np.frombuffer(record, self.dtype).astype(np.int32)
 
 
@@ -155,7 +160,52 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise DataError(f"{path}: no such file; {why}")
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise DataError(f"{path}: not the manifest of a build of format {FORMAT}")
+    try:
+        _check_manifest(manifest)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{path}: not the manifest that a build writes: {error!r}") from None
     return manifest
+
+
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    """Raises an error of Python's where something is missing or of another kind than a build has
+    it, or names a file outside of its folder."""
+    if not isinstance(manifest["dtype"], str) or manifest["dtype"] not in DTYPES:
+        raise ValueError(f"dtype {manifest['dtype']!r}")
+    for name, kind in (("fingerprint", str), ("kind", str), ("size", int)):
+        if not isinstance(manifest["tokenizer"][name], kind):
+            raise TypeError(f"tokenizer's {name} is {manifest['tokenizer'][name]!r}")
+    for split in manifest["splits"].values():
+        for found in split["skipped"].values():
+            _count(found["count"])
+        for shard in split["shards"]:
+            _count(shard["documents"])
+            if not shard["files"]:
+                raise ValueError("a shard without files")
+            for file in shard["files"]:
+                _count(file["size"])
+                name, sha256 = file["name"], file["sha256"]
+                if not isinstance(sha256, str) or not re.fullmatch(r"[\w.-]+", name, re.ASCII):
+                    raise ValueError(f"file {name!r} with checksum {sha256!r}")
+        if not split["shards"]:
+            raise ValueError("a split without shards")
+
+
+def _count(value: Any) -> None:
+    if type(value) is not int or not 0 <= value < 1 << 48:
+        raise ValueError(f"{value!r} is no count")
+
+
+def _sizes(path: Path, count: int) -> np.ndarray:
+    """int64 [count] of a file of sizes. What its header says is held against the file before
+    anything is allocated. Raises DataError."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # numpy's reader of headers raises whatever Python's own parser does
+        raise DataError(f"{path}: no file of sizes: {str(error).splitlines()[0]}") from error
+    if array.shape != (count,) or array.dtype != np.int64:
+        raise DataError(f"{path}: {array.dtype} {array.shape}; it should be int64 ({count},)")
+    return np.array(array)
 
 
 def verify(folder: str | Path) -> list[str]:

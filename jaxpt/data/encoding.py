@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from jaxpt.errors import DataError
 from jaxpt.files import write_atomic
 
 DESCRIPTION = "vocabulary.json"  # the file beside the base's own in a saved tokenizer's folder
+MOST_IDS = 1 << 24  # of any vocabulary; published ones have up to 2^18
 SPACE = "\u2581"  # what SentencePiece writes for a space
 
 
@@ -91,12 +93,19 @@ class FileBase:
             self.tokenizer = tokenizers.Tokenizer.from_buffer(data)
         except Exception as error:  # the library raises plain Exception
             raise DataError(f"{name}: not a tokenizer.json: {error}") from error
+        except BaseException as error:  # a panic of Rust is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise DataError(f"{name}: not a sound tokenizer.json: {error}") from None
         # Special tokens that are written out in a text are text, not commands.
         self.tokenizer.encode_special_tokens = True
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self._data = data
-        self.size = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
+        known = self.tokenizer.get_vocab(with_added_tokens=True)
+        self.size = 1 + max(known.values(), default=-1)
+        if not 0 < self.size <= max(MOST_IDS // 16, 16 * len(known)):
+            raise DataError(f"{name}: its {len(known)} pieces have ids up to {self.size - 1}")
 
     def encode(self, text: str) -> np.ndarray:
         (encoding,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
@@ -235,10 +244,27 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             else kind()
         )
         fields = described["vocabulary"]
-        modes = tuple((name, tuple(ids)) for name, ids in fields.pop("modes"))
+        modes = tuple((str(name), tuple(ids)) for name, ids in fields.pop("modes"))
         # Those saved by earlier versions have no `pieces`.
         fields |= {"sentinels": tuple(fields["sentinels"]), "modes": modes}
         vocabulary = Vocabulary(**{"pieces": describe(base.pieces())} | fields)
-        return Tokenizer(base, vocabulary, {int(i): name for i, name in described["names"].items()})
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        names = {int(i): str(name) for i, name in described["names"].items()}
+        check_ids(vocabulary, [*names], str(folder))
+        return Tokenizer(base, vocabulary, names)
+    except DataError:
+        raise
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"{folder}: not a saved tokenizer: {error!r}") from error
+
+
+def check_ids(vocabulary: Vocabulary, more: Sequence[int], name: str) -> None:
+    """Raises DataError unless all special ids are ids. Files are not to be believed: there are
+    tables with an entry for each id that they claim."""
+    size = vocabulary.size
+    if type(size) is not int or not 0 < size <= MOST_IDS:
+        raise DataError(f"{name}: a vocabulary of {size!r} ids; it can have 1 to {MOST_IDS}")
+    ids = [vocabulary.pad, vocabulary.eos, *vocabulary.sentinels, *more]
+    ids += [i for i in (vocabulary.bos, vocabulary.mask) if i is not None]
+    ids += [i for _, mode in vocabulary.modes for i in mode]
+    if bad := [i for i in ids if type(i) is not int or not 0 <= i < size]:
+        raise DataError(f"{name}: {bad[0]!r} is no id of a vocabulary of {size}")

@@ -69,6 +69,8 @@ class Field:
             raise Bad("not JSON", f"not JSON: {error.msg} (column {error.colno})") from None
         except RecursionError:
             raise Bad("not JSON", "not JSON that can be read: nested too deep") from None
+        except ValueError:  # a number of thousands of digits
+            raise Bad("not JSON", "not JSON that can be read: a number is too long") from None
         if not isinstance(record, dict):
             raise Bad("not an object", f"not an object but {type(record).__name__}")
         if self.name not in record:

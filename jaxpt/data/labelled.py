@@ -59,8 +59,11 @@ class Cases(Sequence[Case]):
         index %= len(self)
         record = plain(self.records[index])
         try:
-            return self.read(record)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+            case = self.read(record)
+            for text in (*case.texts, case.target, *case.answers):
+                text.encode("utf-8")  # half of a surrogate pair cannot be, nor what is no text
+            return case
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             known = ", ".join(sorted(record)) if isinstance(record, dict) else "none"
             raise DataError(
                 f"{self.name}, record {index}: {type(error).__name__}: {error}; features: {known}"
@@ -142,9 +145,10 @@ class FromFiles(Origin):
         if name is None:
             raise EmptySplit("origin.validation", "no file is named to validate on")
         try:
-            lines = Path(name).expanduser().read_text(encoding="utf-8").splitlines()
+            # By newlines alone: a text may have other separators of lines, written as they are.
+            lines = Path(name).expanduser().read_text(encoding="utf-8").split("\n")
             return [json.loads(line) for line in lines if line.strip()]
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"{name}: {error}") from error
 
 

@@ -79,7 +79,10 @@ class _Opened:
         self.file = file
         metadata = file.metadata
         groups = range(metadata.num_row_groups)
-        self.ends = np.cumsum([metadata.row_group(i).num_rows for i in groups], dtype=np.int64)
+        rows = [metadata.row_group(i).num_rows for i in groups]
+        if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
+            raise Bad(BROKEN, f"its parts have {rows} rows, and it says {metadata.num_rows}")
+        self.ends = np.cumsum(rows, dtype=np.int64)
         self.kept: collections.OrderedDict[int, Any] = collections.OrderedDict()
 
 
@@ -128,13 +131,16 @@ class Column:
             pa = arrow("train")
             try:
                 table = handle.file.read_row_group(group, columns=[self.name])
-            except (pa.ArrowException, OSError) as error:
+                column = _bytes(table.column(0).combine_chunks())
+            except (pa.ArrowException, OSError, IndexError) as error:
                 raise Bad(BROKEN, f"cannot be read: {_first(error)}") from error
-            handle.kept[group] = _bytes(table.column(0).combine_chunks())
+            handle.kept[group] = column
             while len(handle.kept) > GROUPS:
                 handle.kept.popitem(last=False)
         handle.kept.move_to_end(group)
         first = int(handle.ends[group - 1]) if group else 0
+        if not 0 <= row - first < len(handle.kept[group]):
+            raise Bad(BROKEN, "cannot be read: it has fewer rows than it says")
         return self._text(handle.kept[group][row - first].as_py())
 
     def _text(self, value: bytes | None) -> str:

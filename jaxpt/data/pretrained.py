@@ -18,6 +18,7 @@ from jaxpt.data.encoding import (
     FileBase,
     SentencePieceBase,
     Tokenizer,
+    check_ids,
     load_tokenizer,
 )
 from jaxpt.data.tokenizers import SPELLINGS, TokenizerConfig
@@ -25,6 +26,7 @@ from jaxpt.data.vocabulary import Vocabulary
 from jaxpt.data.words import describe
 from jaxpt.errors import DataError
 
+MOST_SENTINELS = 1 << 14  # published tokenizers have up to 300
 Find = Callable[[str], int | None]
 TOKENIZER_JSON = "tokenizer.json"
 SENTENCEPIECE = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "spm.model")
@@ -125,6 +127,7 @@ def read(folder: Path) -> tuple[Tokenizer, int]:
     shown = {"pad": "<pad>", "bos": "<s>", "mask": "<mask>", "eos": "</s>"}
     names = {i: shown[role] for role in shown if (i := ids[role]) is not None}
     names |= {i: f"<extra_id_{n}>" for n, i in enumerate(sentinels)}
+    check_ids(vocabulary, [*names], str(folder))
     return Tokenizer(base, vocabulary, names), free
 
 
@@ -151,8 +154,11 @@ def _added(base: Base, settings: Mapping[str, Any]) -> dict[int, str]:
         return {}
     added = settings.get("added_tokens_decoder")
     if isinstance(added, dict):
-        return {int(i): _text(row) for i, row in added.items() if str(i).isdigit()}
+        rows = {str(i): _text(row) for i, row in added.items()}
+        return {int(i): row for i, row in rows.items() if i.isdecimal() and len(i) < 9}
     sentinels = _whole(settings.get("extra_ids"), 125 if isinstance(base, ByteBase) else 0)
+    if not 0 <= sentinels <= MOST_SENTINELS:
+        raise DataError(f"extra_ids: {sentinels} is not valid; it can be up to {MOST_SENTINELS}")
     if isinstance(base, ByteBase):
         ids = {0: "<pad>", 1: "</s>", 2: "<unk>"}
         return ids | {base.size + n: f"<extra_id_{n}>" for n in range(sentinels)}
@@ -199,7 +205,7 @@ def _object(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(found, dict):
         raise DataError(f"{path}: no JSON object")

@@ -43,7 +43,7 @@ class Rows:
 
     path: str
     stamp: tuple[int, int]  # the file's size and time
-    rows: np.ndarray  # int64 [documents]
+    rows: np.ndarray | range  # numbers of the records, int64 [documents]
     sizes: np.ndarray | None  # int64 [documents], bytes of UTF-8; None: not looked at
     shares: np.ndarray | None  # float64 [documents], hashes of the texts; None: not looked at
     skips: Skips
@@ -147,7 +147,8 @@ def _unread(path: str, stamp: tuple[int, int], format: Format, errors: Errors) -
         count = format.count(format.open(path))
     except Bad as bad:
         raise bad.at(path) from None
-    return Rows(path, stamp, np.arange(count), None, None, Skips())
+    # A range: a file may say that it has more records than there is memory for their numbers.
+    return Rows(path, stamp, range(max(0, count)), None, None, Skips())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -174,6 +175,7 @@ def _rows(path: str, stamp: tuple[int, int], format: Format, errors: Errors) -> 
 def _part(file: Rows, holdout: float, split: Split) -> Rows:
     """The file's documents that belong to a split."""
     assert file.shares is not None
+    assert isinstance(file.rows, np.ndarray)
     assert file.sizes is not None
     mine = (file.shares < holdout) == (split == "validation")
     return dataclasses.replace(

@@ -258,7 +258,9 @@ def _spaced(text: str) -> str:
 
 def _marked(record: Record) -> str:
     """WSC's text with the noun between stars and the pronoun between hashes, by word number."""
-    text, first, second = record["text"], record["span1_index"], record["span2_index"]
+    text, first, second = record["text"], int(record["span1_index"]), int(record["span2_index"])
+    if not 0 <= min(first, second) <= max(first, second) <= len(text):
+        raise ValueError(f"no words {first} and {second} in {text!r}")
     text = _mark(text, record["span1_text"], first, "*")
     second += 2 * (first < second)  # the stars are words too
     return _mark(text, record["span2_text"], second, "#")

@@ -47,7 +47,7 @@ def read(folder: Path, settings: Mapping[str, Any], model: Mapping[str, Any]) ->
     try:
         first, *rest = [(folder / name).read_text(encoding="utf-8") for name in names]
         built = _bpe(first, rest[0], settings) if rest else _word_piece(first, settings)
-    except (UnicodeDecodeError, json.JSONDecodeError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{folder}: {' and '.join(names)}: {error}") from None
     except Exception as error:  # the library raises plain Exception
         raise DataError(f"{folder}: {' and '.join(names)}: {error}") from error

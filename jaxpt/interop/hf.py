@@ -109,6 +109,8 @@ def family_of(raw: Mapping[str, Any]) -> Family:
     if not isinstance(name, str) or name not in FAMILIES:
         raise ConfigError("model_type", f"{name!r} is not supported; known: {', '.join(FAMILIES)}")
     family, classes = FAMILIES[name], raw.get("architectures") or []
+    if not isinstance(classes, list) or not all(isinstance(each, str) for each in classes):
+        raise ConfigError("architectures", f"{classes!r} is no list of names")
     if classes and not {family.architecture, *family.also} & {*classes}:
         raise ConfigError(
             "architectures", f"{classes} is not supported; {name} is read as {family.architecture}"

@@ -37,6 +37,7 @@ DTYPES: dict[str, Any] = {
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; the library's own limit
 METADATA = "__metadata__"
+MAX_AXES, MAX_AXIS = 32, 1 << 40  # of any array that somebody could want
 
 
 class SafeTensors(Mapping[str, np.ndarray]):
@@ -56,8 +57,10 @@ class SafeTensors(Mapping[str, np.ndarray]):
                 if size < 8 or length > min(size - 8, MAX_HEADER):
                     raise self._wrong(f"its header cannot be {length} bytes of {size}")
                 raw = file.read(length)
-        except OSError as error:
-            raise DataError(f"{self.path}: {error.strerror}") from error
+        except (OSError, ValueError) as error:  # a name may have what no file's can
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{self.path}: {getattr(error, 'strerror', error)}") from error
         self._start, self._data = 8 + length, size - 8 - length
         self._rows = self._parse(raw)
         self._bytes: np.ndarray | None = None
@@ -106,6 +109,9 @@ class SafeTensors(Mapping[str, np.ndarray]):
             isinstance(x, list) and all(type(n) is int and n >= 0 for n in x) for x in whole
         ):
             raise self._wrong(f"{name} has shape {shape} and data_offsets {offsets}")
+        # Of an array with an axis of 0 nothing else bounds the others.
+        if len(shape) > MAX_AXES or max(shape, default=0) > MAX_AXIS:
+            raise self._wrong(f"{name} cannot have {len(shape)} axes, up to {max(shape)} long")
         dtype = np.dtype(DTYPES[row["dtype"]])
         nbytes = math.prod(shape) * dtype.itemsize
         if len(offsets) != 2 or offsets[1] - offsets[0] != nbytes:

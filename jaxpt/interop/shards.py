@@ -35,7 +35,10 @@ class Shards(Mapping[str, np.ndarray]):
         for file in [SafeTensors(self.folder / SINGLE)] if single else self._indexed():
             self._files |= {name: (file, name) for name in file}
         for pattern, new in (renamed or {}).items():
-            self._files = {re.sub(pattern, new, n): there for n, there in self._files.items()}
+            found = {re.sub(pattern, new, n): there for n, there in self._files.items()}
+            if len(found) != len(self._files):
+                raise DataError(f"{self.folder}: tensors of the names {pattern} and {new} at once")
+            self._files = found
         if not any(name.startswith(prefix) for name in self._files):
             self._files = {
                 name if name.startswith("lm_head.") else prefix + name: there
@@ -123,7 +126,7 @@ def read_object(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(found, dict):
         raise DataError(f"{path}: no JSON object")

@@ -37,7 +37,15 @@ class Encoder:
     def encode(self, case: Case) -> np.ndarray:
         if not isinstance(case, Case):
             raise DataError(f"a labelled case is wanted, and the source gave {type(case).__name__}")
-        return self.features.ids(case, self.tokenizer).astype(np.int32)
+        try:
+            ids = self.features.ids(case, self.tokenizer)
+            if len(ids) and np.abs(ids).max() > np.iinfo(np.int32).max:
+                raise ValueError("a number that is too large")
+        except (ConfigError, DataError):
+            raise
+        except (TypeError, ValueError, OverflowError) as error:  # a label is not what it should be
+            raise DataError(f"a case of label {case.label!r} cannot be learnt: {error}") from error
+        return ids.astype(np.int32)
 
 
 class CaseFeatures(Features):

@@ -21,6 +21,7 @@ from jaxpt.report.records import Record, read_record
 # Metrics of the last line that the table shows first, in this order; the others follow.
 FIRST = ("loss", "accuracy", "lr", "learning_rate", "grad_norm", "tokens_per_second", "mfu")
 NAMES = LABELS | {"accuracy": "accuracy"}
+DEEPEST = 40  # levels of a config that unfold
 SHARES = ("mfu", "input_wait", "fill", "accuracy")
 
 
@@ -148,7 +149,12 @@ def _results(record: Record) -> str:
     if not record.tasks:
         return "<p class=dim>No evaluation yet.</p>"
     tasks = [
-        task | ({"difference": task["loss"] - task["baseline"]} if "baseline" in task else {})
+        task
+        | (
+            {"difference": task["loss"] - task["baseline"]}
+            if task.keys() >= {"loss", "baseline"}
+            else {}
+        )
         for task in record.tasks.values()
     ]
     order = ("loss", "baseline", "difference", "accuracy", "targets", "tokens")
@@ -215,21 +221,21 @@ def _samples(record: Record) -> str:
 def _config(record: Record) -> str:
     if record.config is None:
         return "<p class=dim>No config.json.</p>"
-    return f"<div class=tree>{_tree('run', record.config, opened=True)}</div>"
+    return f"<div class=tree>{_tree('run', record.config)}</div>"
 
 
-def _tree(name: str, value: Any, *, opened: bool = False) -> str:
+def _tree(name: str, value: Any, depth: int = 0) -> str:
     """Nested JSON that unfolds without a script."""
-    if isinstance(value, dict) and value:
+    if isinstance(value, dict) and value and depth < DEEPEST:
         items, hint = value.items(), str(value.get("type", "")).rpartition(":")[2]
-    elif isinstance(value, list) and value:
+    elif isinstance(value, list) and value and depth < DEEPEST:
         items, hint = enumerate(value), f"{len(value)} items"
     else:
         leaf = text(json.dumps(value, ensure_ascii=False))
         return f"<div class=leaf><span class=key>{text(name)}</span> <code>{leaf}</code></div>"
-    inside = "".join(_tree(str(k), v) for k, v in items if k != "type")
+    inside = "".join(_tree(str(k), v, depth + 1) for k, v in items if k != "type")
     head = f"<summary>{text(name)} <span class=dim>{text(hint)}</span></summary>"
-    return f"<details{' open' if opened else ''}>{head}{inside}</details>"
+    return f"<details{'' if depth else ' open'}>{head}{inside}</details>"
 
 
 def _about(record: Record) -> str:

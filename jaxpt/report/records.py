@@ -70,12 +70,14 @@ def read_record(workdir: str | os.PathLike) -> Record:
     def attempt(read: Any, default: Any) -> Any:
         try:
             return read()
-        except (ValueError, KeyError, OSError) as error:
+        except (ValueError, KeyError, OSError, TypeError, OverflowError) as error:
             record.problems.append(str(error))
             return default
 
     record.config = attempt(lambda: read_json(workdir / "config.json"), None)
-    record.status = attempt(lambda: read_status(workdir), {})
+    status = attempt(lambda: read_status(workdir), {})
+    counts = ("step", "steps")
+    record.status = {k: v for k, v in status.items() if k not in counts or _is_number(v)}
     record.rows = [_row(r) for r in attempt(lambda: read_metrics(workdir / "metrics.jsonl"), [])]
     results = attempt(lambda: read_json(workdir / "results.json"), None)
     record.evaluated, record.tasks = _results(results, record.rows)
@@ -95,8 +97,14 @@ def _text(path: Path) -> str:
 
 
 def _row(row: Row) -> Row:
-    """Numbers that are not finite as floats again; the rest stays."""
-    return {k: number(v) if v is None or v in NOT_FINITE else v for k, v in row.items()}
+    """The numbers, those that are not finite as floats again, and the phase's name: all that a log
+    should hold."""
+    found = {k: number(v) if v is None or v in NOT_FINITE else v for k, v in row.items()}
+    return {k: v for k, v in found.items() if _is_number(v) or k == "phase"}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 63)
 
 
 def _results(results: Any, rows: Iterable[Row]) -> tuple[int | None, dict[str, dict[str, float]]]:
@@ -106,8 +114,7 @@ def _results(results: Any, rows: Iterable[Row]) -> tuple[int | None, dict[str, d
     if isinstance(results, dict) and isinstance(results.get("tasks"), dict):
         found = {k: v for k, v in results["tasks"].items() if isinstance(v, dict)}
         for name, values in found.items():
-            clean = _row(values)
-            tasks[name] = {k: v for k, v in clean.items() if isinstance(v, (int, float))}
+            tasks[name] = {k: v for k, v in _row(values).items() if _is_number(v)}
         return results.get("step"), tasks
     for row in rows:
         for key, value in row.items():
