@@ -96,6 +96,8 @@ class Checkpoints:
         )
         self.folder, self.read_only = pathlib.Path(folder), read_only
         self._run_config = run_config
+        self.held: set[int] = set()  # steps whose checkpoints are kept, too
+        keep.append(_Held(self))
         self._manifests: dict[int, dict[str, Any]] = {}  # those that have been read
         self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options)
 
@@ -323,6 +325,16 @@ class Checkpoints:
     def close(self):
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+@dataclasses.dataclass
+class _Held(policies.PreservationPolicy):
+    """Keeps the checkpoints that ``held`` names at the time."""
+
+    checkpoints: Checkpoints
+
+    def should_preserve(self, checkpoints, *, context):
+        return [each.step in self.checkpoints.held for each in checkpoints]
 
 
 def _as_saved(x: Any, row: dict[str, Any]) -> Any:

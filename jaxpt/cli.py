@@ -44,10 +44,32 @@ if TYPE_CHECKING:
 
 
 def _train(args: list[str]) -> int | None:
+    if args[:1] and args[0].partition("=")[0] == "--from-run":
+        return _train_again(args)
     path, rest = _operand(args, "train", "CONFIG")
     run, flags = _configured(path, rest, "train", TrainFlags())
+    for name in ("from_run", "config"):
+        if flags.pop(name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(flag, "stands in the place of CONFIG: train --from-run DIR")
     workdir = _local(flags.pop("workdir") or Path("runs") / path.stem)
     return _module("train").main(run, workdir=workdir, **flags)
+
+
+def _train_again(args: list[str]) -> int | None:
+    """A run from the folder of another: of its config.json and its tokenizer alone."""
+    from jaxpt import environment
+    from jaxpt.folder import RunFolder
+
+    folder = Path(_value_of("--from-run", args) or "")
+    fields = ("monitor", "checkpoint", "evaluate", "mesh", "deterministic")
+    run, flags = _saved(folder, args, "train --from-run", TrainFlags(), fields)
+    del flags["from_run"]
+    workdir = _local(flags.pop("workdir") or folder.with_name(f"{folder.name}-again"))
+    if changes := environment.changes(folder):
+        print(f"note: what it was made with has changed: {', '.join(changes)}", file=sys.stderr)
+    tokenizer = RunFolder(folder).tokenizer()
+    return _module("train").main(run, workdir=workdir, tokenizer=tokenizer, **flags)
 
 
 def _local(workdir: str | Path) -> Path:
@@ -85,8 +107,13 @@ def _plan(args: list[str]) -> int | None:
 
 def _data_show(args: list[str]) -> int | None:
     path, rest = _operand(args, "data show", "CONFIG")
-    run, flags = _configured(path, rest, "data show", ShowFlags())
-    return _module("data.show").main(run, **flags)
+    if not path.is_dir():
+        run, flags = _configured(path, rest, "data show", ShowFlags())
+        return _module("data.show").main(run, **flags)
+    from jaxpt.folder import RunFolder
+
+    run, flags = _saved(path, rest, "data show", ShowFlags(), ("loader", "data", "phases"))
+    return _module("data.show").main(run, tokenizer=RunFolder(path).tokenizer(), **flags)
 
 
 BUILD_HELP = (
@@ -193,7 +220,7 @@ _MERGE = functools.partial(_plain, "merge", ("OUT",), MergeFlags(), ("merge", "m
 _DOCTOR = functools.partial(_plain, "doctor", (), DoctorFlags(), ("doctor", "main"))
 COMMANDS: dict[str, tuple[str, str, Callable[[list[str]], int | None]]] = {
     "train": (
-        "CONFIG [--workdir DIR] [--dry-run]",
+        "CONFIG|--from-run DIR [--workdir DIR] [--dry-run]",
         "a new run, or go on with the one in DIR",
         _train,
     ),
@@ -205,7 +232,11 @@ COMMANDS: dict[str, tuple[str, str, Callable[[list[str]], int | None]]] = {
         "memory, exchanges and time on chips that are not here",
         _plan,
     ),
-    "data show": ("CONFIG [--count N]", "examples as the model gets them, as text", _data_show),
+    "data show": (
+        "CONFIG|DIR [--count N]",
+        "examples as the model gets them, as text",
+        _data_show,
+    ),
     "data build": (
         "SOURCE OUT --tokenizer bytes|FILE",
         "token ids on disk; SOURCE is files, CONFIG, corpus, tfds:NAME or hf:NAME",
@@ -381,7 +412,7 @@ def _saved(
     run = RunFolder(folder).load(module)
     prog = f"jaxpt {command} {folder}"
     run, given = runs.override(run, args, prog=prog, extra=flags.entries(own), only=fields)
-    given.pop("config")
+    given.pop("config", None)
     return run, given
 
 

@@ -11,6 +11,10 @@ class TrainFlags:
     workdir: str | None = None  # the run's folder; None: runs/ and the config file's name
     dry_run: bool = False  # print what would be trained, tensor by tensor, and stop
     restart: bool = False  # begin again from step 0 where the folder holds no checkpoint yet
+    # folder of a run to make again from what it holds, in the place of CONFIG; --workdir is then
+    # that folder's name and "-again", unless it is given
+    from_run: str | None = None
+    config: str | None = None  # that run's config file, where it has classes of its own
     # HOST:PORT of process 0, of several processes; SLURM, TPU pods and Open MPI need no flags
     coordinator: str | None = None
     processes: int | None = None  # how many processes train together
@@ -73,6 +77,8 @@ class ShowFlags:
     count: int = 1  # how many examples of each task
     split: Literal["train", "validation"] = "train"  # which documents
     phase: str | None = None  # the phase whose data is shown; None: the first
+    # the number in its phase of the only batch to show, from 1, as guard.jsonl has it
+    at_batch: int | None = None
     json: bool = False  # print one JSON object
 
 

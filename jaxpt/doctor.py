@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import logging
 import os
 import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 from jaxpt import environment, hardware
 from jaxpt.console import short
@@ -174,6 +178,51 @@ def devices() -> tuple[str, list[dict[str, Any]], list[Finding]]:
     return found[0].platform, rows, []
 
 
+def kernels() -> dict[str, str]:
+    """Operation -> the implementation that a large model in bfloat16 gets on one device here.
+
+    What the operations say themselves, once in a process, while programs of usual shapes are traced
+    for the device.
+    """
+    from kernels import attention, block_sparse, cross_entropy
+    from kernels.platform import compiling_for
+
+    like, ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16), jnp.int32
+    x, row = like((8, 1024, 2048)), jax.ShapeDtypeStruct((8, 1024), ints)
+    heads, some = like((8, 1024, 16, 128)), jax.ShapeDtypeStruct((64,), ints)
+    weights = jax.ShapeDtypeStruct((8, 1024), jnp.float32)
+    causal = functools.partial(attention.attention, causal=True)
+    product = functools.partial(block_sparse.block_sparse_matmul, d_out=8192)
+    traced = {
+        "attention": lambda: jax.eval_shape(
+            lambda q, segments: causal(q, q, q, segments=segments), heads, row
+        ),
+        "cross-entropy": lambda: jax.eval_shape(
+            cross_entropy.cross_entropy, x, like((2048, 32_768)), row, weights
+        ),
+        "block-sparse products": lambda: jax.eval_shape(
+            product, like((8192, 2048)), like((64, 128, 128)), some, some
+        ),
+    }
+    return {name: _said(trace, compiling_for(jax.devices()[0])) for name, trace in traced.items()}
+
+
+def _said(trace: Callable[[], Any], target: contextlib.AbstractContextManager[None]) -> str:
+    """What is logged by the operations' choices in a trace: "xla: the backend is cpu"."""
+    logger, lines = logging.getLogger("kernels"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    level, logger.level = logger.level, logging.INFO
+    logger.addHandler(handler)
+    try:
+        with target:
+            trace()
+    finally:
+        logger.removeHandler(handler)
+        logger.level = level
+    return "; ".join(line.partition(" by ")[2] or line for line in lines)
+
+
 def host() -> dict[str, Any]:
     """The machine: system, cores that this process may use, bytes of memory."""
     pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
@@ -212,11 +261,8 @@ def examine() -> dict[str, Any]:
         "platform": platform_name,
         "devices": rows,
         "folders": folders,
-        "variables": {
-            name: os.environ[name]
-            for name in ("JAX_PLATFORMS", "XLA_FLAGS", "LIBTPU_INIT_ARGS")
-            if name in os.environ
-        },
+        "kernels": kernels() if rows else {},
+        "variables": environment.variables(),
         "findings": [dataclasses.asdict(f) for f in findings],
     }
 
@@ -249,6 +295,8 @@ def _show(found: Mapping[str, Any]) -> None:
     missing = [n for n, v in found["extras"].items() if not v]
     table.add_row("", f"not installed: {', '.join(missing)}" if missing else "")
     table.add_row("devices", "\n".join(_devices(found["devices"])) or "none")
+    for name, choice in found["kernels"].items():
+        table.add_row(name, choice)
     for name, folder in found["folders"].items():
         size = f"{short(folder['bytes'])}B, " if folder["bytes"] is not None else ""
         table.add_row(name, f"{folder['path']} ({size}{short(folder['disk_free'])}B free)")

@@ -45,6 +45,14 @@ class DataError(ValueError):
         super().__init__(printable(message))
 
 
+class NonFiniteError(FloatingPointError):
+    """Losses or gradients are no longer numbers; the message says since when, and what is left."""
+
+
+class OutOfMemoryError(MemoryError):
+    """A device has too little memory for a step; the message says what the step needs."""
+
+
 class LostProcessError(RuntimeError):
     """Another process of the run is missing or has ended; the message says which."""
 
@@ -60,6 +68,7 @@ class Exit(enum.IntEnum):
     OUT_OF_MEMORY = 5  # on the device or the host
     DISK = 6  # full, or not writable
     LOST_PROCESS = 7  # another process of the run is missing or has ended
+    DATA_ENDED = 8  # the run is finished, but a phase ended before its steps for want of data
     INTERRUPTED = 128 + signal.SIGINT  # Ctrl-C; a run under way has been saved
     TERMINATED = 128 + signal.SIGTERM  # preempted; a run under way has been saved
 
@@ -88,7 +97,8 @@ def exit_code(error: BaseException) -> Exit:
 
 
 HINTS = {
-    Exit.OUT_OF_MEMORY: "; lower --batch or --length, or raise --step.accumulate",
+    Exit.OUT_OF_MEMORY: "; lower --batch or --length, or raise --step.accumulate; what fits says: "
+    "jaxpt plan CONFIG --topology CHIP:NUMBER --search",
     Exit.LOST_PROCESS: "; start all processes again to go on from the last checkpoint",
     Exit.DISK: "; free some space there, or give another --workdir",
 }

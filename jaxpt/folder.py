@@ -1,7 +1,7 @@
 """A run's folder: who may write to it, and whether it holds this run.
 
 config.json  tokenizer/  checkpoints/STEP/  metrics.jsonl  status.json
-results.json  samples.json  report.html  tensorboard/
+results.json  samples.json  report.html  tensorboard/  environment.json  guard.jsonl
 """
 
 from __future__ import annotations
@@ -20,8 +20,17 @@ from jaxpt.errors import ConfigError
 from jaxpt.files import read_json, write_atomic
 from jaxpt.run import Run, from_json, to_json
 
-# What may change when a run goes on: its length, how it is watched and laid out.
-MAY_CHANGE = ("monitor", "checkpoint", "evaluate", "mesh", "loader.workers", "loader.prefetch")
+# What may change when a run goes on: its length, how it is watched, guarded and laid out.
+MAY_CHANGE = (
+    "monitor",
+    "checkpoint",
+    "evaluate",
+    "guard",
+    "mesh",
+    "deterministic",
+    "loader.workers",
+    "loader.prefetch",
+)
 LENGTHS = ("steps", "tokens", "examples", "epochs", "seconds")
 
 
@@ -46,6 +55,10 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def guard(self) -> Path:
+        return self.path / "guard.jsonl"
 
     def load(self, config_module: Any = None) -> Run:
         """The run that the folder holds.
@@ -108,14 +121,17 @@ class RunFolder:
         except ConfigError:  # it has classes of the user's own file: compare it as it stands
             return read_json(self.config)
 
-    def tokenizer(self, run: Run | None = None) -> Tokenizer:
-        """The tokenizer that the folder holds; else that of ``run``, which is not saved by this.
+    def tokenizer(self, run: Run | None = None, given: Tokenizer | None = None) -> Tokenizer:
+        """The tokenizer that the folder holds; else the one that is given; else that of ``run``.
+        It is not saved by this.
 
         Raises:
           ConfigError: there is neither.
         """
         if self.saved_tokenizer.is_dir():
             return load_tokenizer(self.saved_tokenizer)
+        if given is not None:
+            return given
         if run is None:
             raise ConfigError("workdir", f"{self.path} holds no tokenizer")
         return run.tokenizer.build()

@@ -30,6 +30,7 @@ from jax.extend.core import Var
 
 from jaxpt.errors import ConfigError
 from jaxpt.growth.base import Bound, Update, bound
+from jaxpt.guard import Guard, kept, only_if
 from jaxpt.models import stacking
 from jaxpt.models.model import Model
 from jaxpt.models.stack import Layers, running
@@ -40,13 +41,18 @@ from jaxpt.optimizers.rules import ByTensor, gathered, keys_of, one_layer, scatt
 from jaxpt.state import Params, TrainState, flatten, trainable, unflatten, whole
 from jaxpt.steps import (
     NOTHING,
+    UNGUARDED,
     LossFunction,
     Metrics,
     Step,
     StepFunction,
     begun,
+    judged,
+    learnt,
     looks,
     loss_function,
+    noted,
+    pace,
     token_counts,
 )
 
@@ -61,6 +67,13 @@ class LayerwiseStep(Step):
     layers and of what stands before them: of n parts to ``clip`` / sqrt(n), so that the norm of
     them all is at most ``clip``. (The global norm is not known before the last layer has been
     reached.) With ``clip`` None the losses are those of ``Step``.
+
+    A guard knows the loss before the first update, and leaves all of them out where that is not
+    finite, or a spike. Of a gradient that is not finite, with a loss that is, the backward pass
+    comes to know at some layer: that layer and all that come after it (those that stand before it,
+    and the embedding) are left as they are, with their states; those that it has come from have had
+    their update, of gradients that were finite. So no number that is not finite gets into the
+    state, and the counts of updates are as they were; but an update can be made of a part.
     """
 
     def __post_init__(self):
@@ -70,6 +83,14 @@ class LayerwiseStep(Step):
                 "accumulate", f"{self.accumulate} is not valid: what is updated at once is not kept"
             )
 
+    def validate(self, guard: Guard) -> None:
+        if guard.spikes == "skip" and guard.gradient_score is not None:
+            raise ConfigError(
+                "guard.gradient_score",
+                f"{guard.gradient_score} cannot be looked at: the norm is known when layers have "
+                "been updated; give None, or guard.spikes roll_back",
+            )
+
     def build(
         self,
         model: Model,
@@ -77,6 +98,7 @@ class LayerwiseStep(Step):
         optimizer: optax.GradientTransformation,
         updates: Sequence[Update] = (),
         domains: Sequence[str] = (),
+        guard: Guard = UNGUARDED,
     ) -> StepFunction:
         if not any(tensor.stacked for tensor in model.tensors.values()):
             raise ConfigError("step", "updates layers in a loop: the model needs scan=True")
@@ -90,7 +112,7 @@ class LayerwiseStep(Step):
         losses = functools.partial(loss_function, objective=objective, domains=domains)
         after = bound(updates, model, optimizer)
         spared = lambda model: _sparing(losses(model))  # noqa: E731
-        inner = layerwise_step(losses(model), model, optimizer, after, spared)
+        inner = layerwise_step(losses(model), model, optimizer, after, spared, guard)
 
         def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
             return inner(state, objective.whole(batch), key)
@@ -126,6 +148,7 @@ def layerwise_step(
     optimizer: Built,
     updates: Bound = NOTHING,
     losses: Callable[[Model], LossFunction] | None = None,
+    guard: Guard = UNGUARDED,
 ) -> StepFunction:
     """A step of gradient descent on the mean loss of a batch, layer by layer. ``losses``: of any
     model, for updates that ask before the step."""
@@ -133,14 +156,15 @@ def layerwise_step(
 
     def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
-        state = begun(optimizer, _sparing(loss), state, batch, key)
+        first = state = begun(optimizer, _sparing(loss), state, batch, key)
         state = updates.begin(state, looks(losses, batch, key), key)
         flat, own = flatten(state.params), _states(state.opt_state, state.params)
         rest = {path: p for path, p in flat.items() if path not in stacked}
         rest = trainable(rest, optimizer.rules)
         stages, sums, pull, reads = _forward(loss, flat, rest, batch, key)
         parts = 1 + sum(1 + stage.layers.depth // stage.layers.period for stage in stages)
-        update = _Update(model, optimizer, state.opt_state.count, parts)
+        allowed = judged(guard, state, sums, jnp.float32(0))[0]  # as far as the loss tells
+        update = _Update(model, optimizer, state.opt_state.count, parts, allowed)
         g_rest, g_outputs = pull(1 / jnp.maximum(sums.count, 1).astype(sums.total.dtype))
         # No zeros in the place of gradients that are still to come.
         later = set().union(*(stage.reads for stage in stages))
@@ -159,20 +183,29 @@ def layerwise_step(
         _rest(g_rest, flat, own, update)
         tree = jax.tree.structure(state.params)
         states = tree.unflatten(own[path] for path in flatten(state.params))
-        opt_state = ByTensor(state.opt_state.count + 1, states)
-        result = TrainState(state.step + 1, unflatten(flat), opt_state, state.extra)
-        result, more = updates.end(result, None, key)
         grad_norm, update_norm = jnp.sqrt(update.norms)
+        seen = grad_norm if allowed is None else jnp.where(allowed, grad_norm, 0.0)
+        good, known = judged(guard, state, sums, seen)
+        count, at = kept(
+            good, (state.opt_state.count + 1, state.step + 1), (state.opt_state.count, state.step)
+        )
+        result = TrainState(at, unflatten(flat), ByTensor(count, states), state.extra)
+        if updates.after:
+            end = lambda state: updates.end(state, None, key)  # noqa: E731
+            result = only_if(good, end, lambda state: state, result)
+        if updates.before:
+            result = kept(allowed, result, first)
         metrics = {
             "loss": (sums.total, sums.count),
-            **sums.metrics,
+            **learnt(sums.metrics, good),
             **token_counts(batch),
-            **more,
+            **updates.told(result),
+            **pace(optimizer, state),
             "grad_norm": grad_norm,
             "update_norm": update_norm,
             "param_norm": optax.tree.norm(trainable(result.params)),
         }
-        return result, metrics
+        return noted(result, metrics, known)
 
     return step
 
@@ -312,14 +345,24 @@ class _Update:
 
     rules: of the tensors that are trained, by path.
     norms: squares, summed over what has been updated so far, of gradients (before clipping) and
-      of changes, float32 [2].
+      of changes, float32 [2]. Where there is a guard nothing is updated from where the first is not
+      finite: so it begins where the update is not ``allowed``.
     """
 
-    def __init__(self, model: Model, optimizer: Built, count: jax.Array, parts: int):
+    def __init__(
+        self,
+        model: Model,
+        optimizer: Built,
+        count: jax.Array,
+        parts: int,
+        allowed: jax.Array | None = None,
+    ):
         self.tensors, self.rules, self.seed = model.tensors, optimizer.rules, optimizer.seed
         self.count = count
         self.clip = None if optimizer.clip is None else optimizer.clip / parts**0.5
-        self.norms = jnp.zeros(2, jnp.float32)
+        self.guarded = allowed is not None
+        first = jnp.float32(0) if allowed is None else jnp.where(allowed, 0.0, jnp.nan)
+        self.norms = jnp.stack([first, jnp.float32(0)])
 
     def __call__(
         self,
@@ -354,13 +397,14 @@ class _Update:
             grad, norms, at = jax.lax.optimization_barrier((gathered(grads, paths), norms, numbers))
             if self.clip is None:
                 norms = norms.at[0].add(_square(grad))
+            good = jnp.isfinite(norms[0]) if self.guarded else None
             pair = gathered(params, paths), gathered(states, paths)
             if numbers is None:  # as a stack of one
                 keys, pair, grad = keys[None], *jax.tree.map(lambda a: a[None], (pair, grad))
             for i, layer in enumerate([0] if at is None else at):
                 one = jax.tree.map(lambda g, i=i: g[i], grad)
                 pair, more = update_in_place(
-                    rule, row, pair, one, scale, self.count, keys[layer], layer
+                    rule, row, pair, one, scale, self.count, keys[layer], layer, good
                 )
                 norms = norms.at[1].add(more)
             if numbers is None:

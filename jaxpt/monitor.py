@@ -34,7 +34,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO
 
@@ -145,6 +145,7 @@ class MonitorSession:
         self._rate: float | None = None  # positions a second of the last interval
         self._tracing = self._warned = False
         self._stopped: str | None = None
+        self._at_end: str | None = None
 
     def _open(self, step: int, run_config: Any, stream: TextIO | None) -> dict[str, Any]:
         """Opens what process 0 writes to; returns the last line of the log that stays."""
@@ -283,6 +284,10 @@ class MonitorSession:
         """The run ends here before its time, on request: status.json will say why."""
         self._stopped = cause
 
+    def note_end(self, lines: Sequence[str]) -> None:
+        """What status.json says beside "finished"."""
+        self._at_end = "; ".join(lines) or None
+
     def _read(self, pending: _Pending) -> None:
         values = {name: on_host(value) for name, value in pending.metrics.items()}
         self._meter.done(pending.step)
@@ -398,7 +403,7 @@ class MonitorSession:
         for writer in self._writers:
             attempt(writer.close)
         cause = error or (failures[0] if failures else None)
-        attempt(lambda: self._write_status(*outcome(cause, self._stopped)))
+        attempt(lambda: self._write_status(*outcome(cause, self._stopped, self._at_end)))
         attempt(self._console.close)
         if failures and error is None:
             raise failures[0]

@@ -31,6 +31,7 @@ from jaxpt.data.tokenizers import Tokenizer
 from jaxpt.data.vocabulary import Vocabulary
 from jaxpt.duration import Duration, as_duration
 from jaxpt.evaluation import Validation
+from jaxpt.guard import NAME as GUARD
 from jaxpt.mesh import Layout
 from jaxpt.models.model import Model
 from jaxpt.objectives.base import Batch, Features
@@ -138,6 +139,7 @@ class Program:
             update.name: update.init(self.model, params, jax.random.fold_in(key, i))
             for i, update in enumerate(self.phase.updates)
         }
+        extra |= self.run.guard.init()
         return TrainState(jnp.int32(0), params, self.optimizer.init(params), extra)
 
     def init(self, key: jax.Array) -> TrainState:
@@ -182,6 +184,8 @@ class Program:
                 name: state.extra[name] if _same(state.extra.get(name), value) else value
                 for name, value in fresh.extra.items()
             }
+            if GUARD in extra:
+                extra[GUARD] = self.run.guard.next_phase(extra[GUARD])
             return TrainState(state.step, params, opt_state, extra)
 
         with self.layout.active():
@@ -208,7 +212,12 @@ class Program:
         """The pure train step."""
         updates = [update.in_phase(self.phase) for update in self.phase.updates]
         return self.phase.step.build(
-            self.model, self.phase.objective, self.optimizer, updates, self.domains
+            self.model,
+            self.phase.objective,
+            self.optimizer,
+            updates,
+            self.domains,
+            self.run.guard,
         )
 
     @functools.cached_property

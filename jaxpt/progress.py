@@ -16,7 +16,9 @@ class Progress:
 
     step counts over all phases, phase_step within one; schedule_start is the optimizer's update
     count at which the phase's schedule began; data and monitor are the states of the loader and
-    of the log; owed is what was due at this step ("evaluate", "ask") and a stop came before.
+    of the log; owed is what was due at this step ("evaluate", "ask") and a stop came before; saves
+    are the steps of the last checkpoints of the phase that were due, to which the guard may go
+    back; early says of phases that ended for want of data when and how.
     """
 
     phase: int = 0
@@ -27,6 +29,8 @@ class Progress:
     data: dict[str, Any] | None = None
     monitor: dict[str, Any] | None = None
     owed: list[str] = dataclasses.field(default_factory=list)
+    saves: list[int] = dataclasses.field(default_factory=list)
+    early: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass

@@ -27,6 +27,7 @@ from jaxpt.duration import Duration, Unit, as_duration
 from jaxpt.errors import ConfigError
 from jaxpt.evaluation import Evaluate
 from jaxpt.growth.base import Transition, Update
+from jaxpt.guard import Guard
 from jaxpt.mesh import MESH_AXES, Mesh
 from jaxpt.models.base import ModelConfig, check_outputs
 from jaxpt.monitor import Monitor
@@ -166,6 +167,8 @@ class Run:
     evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)
     # what is written down and shown
     monitor: Monitor = dataclasses.field(default_factory=Monitor)
+    # what is done about losses and gradients that cannot be right
+    guard: Guard = dataclasses.field(default_factory=Guard)
     # how batches are made
     loader: Loading = dataclasses.field(default_factory=Loading)
     # folder of a run, of an imported model or of Hugging Face, whose parameters it starts from
@@ -173,6 +176,9 @@ class Run:
     seed: int = 0  # gives initialisation, data order, denoising and dropout, each its own key
     init_seed: int | None = None  # initialisation alone; None: from seed
     data_seed: int | None = None  # data order and denoising alone; None: from seed
+    # the same numbers in every run, bit for bit, on GPUs, too: slower there, and to be known before
+    # JAX starts
+    deterministic: bool = False
 
     def __post_init__(self):
         if not self.phases:
@@ -210,6 +216,7 @@ class Run:
         """
         for index, phase in enumerate(self.phases):
             model = self.model_of(index)
+            phase.step.validate(self.guard)
             try:
                 phase.validate(model)
             except ConfigError as error:

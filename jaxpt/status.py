@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxpt import environment
+from jaxpt.errors import Exit, exit_code
 from jaxpt.files import read_json, write_json
 from jaxpt.meter import Clock
 
@@ -22,7 +23,9 @@ SECONDS = 5.0  # while all is well, the file is written no more often than this
 class Status:
     """Writes status.json of one session of a run; every write is atomic.
 
-    The file holds: state, cause (None unless stopped or failed), then what ``write`` is given
+    The file holds: state, cause (None unless stopped, failed, or finished before its time; a
+    failure begins with its kind, which is the name of an exit code, or of an error that is none of
+    ours), then what ``write`` is given
     (step, steps, phase, loss, tokens, seconds), updated and started (UTC, ISO 8601),
     resumed_from, pid, host, command, devices, versions, commit.
     """
@@ -56,15 +59,20 @@ class Status:
         write_json(self.path, status, durable=state != "running")
 
 
-def outcome(error: BaseException | None, stopped: str | None) -> tuple[State, str | None]:
-    """How a run that ends with an exception, or with a stop on request, is to be called."""
+def outcome(
+    error: BaseException | None, stopped: str | None, at_end: str | None = None
+) -> tuple[State, str | None]:
+    """How a run is to be called that ends with an exception, or with a stop on request, or else is
+    finished, and what is to be said of it."""
     if stopped is not None:
         return "stopped", stopped
     if isinstance(error, KeyboardInterrupt):
         return "stopped", "interrupted (Ctrl-C)"
     if error is not None:
-        return "failed", f"{type(error).__name__}: {error}".strip(": ")
-    return "finished", None
+        code = exit_code(error)
+        kind = type(error).__name__ if code == Exit.BUG else code.name.lower().replace("_", " ")
+        return "failed", f"{kind}: {error}".strip(": ")
+    return "finished", at_end
 
 
 def read_status(workdir: str | os.PathLike) -> dict[str, Any]:

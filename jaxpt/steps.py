@@ -19,6 +19,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpt.errors import ConfigError
 from jaxpt.growth.base import Bound, Gradients, Update, bound
+from jaxpt.guard import NAME as GUARD
+from jaxpt.guard import TOLD, Guard, only_if
 from jaxpt.mesh import Layout
 from jaxpt.models.model import Model
 from jaxpt.objectives.base import Batch, Loss, Objective
@@ -29,6 +31,7 @@ Metrics = dict[str, Any]  # name -> scalar, or (sum, count)
 StepFunction = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
 LossFunction = Callable[[Params, Batch, jax.Array | None], Loss]
 NOTHING = Bound()  # no updates
+UNGUARDED = Guard(non_finite=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,9 @@ class Step:
         if self.accumulate < 1:
             raise ConfigError("accumulate", f"{self.accumulate} is not valid; give 1 or more")
 
+    def validate(self, guard: Guard) -> None:
+        """Holds the step against the run's guard. Raises ConfigError."""
+
     def build(
         self,
         model: Model,
@@ -48,16 +54,18 @@ class Step:
         optimizer: optax.GradientTransformation,
         updates: Sequence[Update] = (),
         domains: Sequence[str] = (),
+        guard: Guard = UNGUARDED,
     ) -> StepFunction:
         """The pure step function, not compiled.
 
         Args:
           updates: transforms of the state at the end of the step.
           domains: names of the data's domains, where there are several; see ``loss_function``.
+          guard: which updates are left out; what it knows stands in ``TrainState.extra``.
         """
         losses = functools.partial(loss_function, objective=objective, domains=domains)
         after = bound(updates, model, optimizer)
-        inner = train_step(losses(model), optimizer, self.accumulate, after, losses)
+        inner = train_step(losses(model), optimizer, self.accumulate, after, losses, guard)
 
         def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
             return inner(state, objective.whole(batch), key)
@@ -108,39 +116,90 @@ def train_step(
     accumulate: int = 1,
     updates: Bound = NOTHING,
     losses: Callable[[Model], LossFunction] | None = None,
+    guard: Guard = UNGUARDED,
 ) -> StepFunction:
     """A step of gradient descent on the mean loss of the global batch.
 
     The gradient is that of sum(loss) / sum(count) over all micro-batches and devices: it does
     not depend on how the batch is cut. Of what is frozen none is made. ``losses``: of any model,
     for updates that ask before the step.
+
+    Where the ``guard`` leaves the update out, the new state is the old one, but for what the guard
+    knows; what ``updates`` do before the step is undone. (Apart from what ``Grass`` does then: it
+    merges, which changes no matrix, and chooses rows again at the next step.)
     """
     trained = optimizer.rules if isinstance(optimizer, Built) else None
     optimizer = optax.with_extra_args_support(optimizer)
 
     def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
-        state = begun(optimizer, loss, state, batch, key, accumulate)
+        first = state = begun(optimizer, loss, state, batch, key, accumulate)
         state = updates.begin(state, looks(losses, batch, key, accumulate), key)
         sums, grads = accumulated_gradients(loss, state.params, batch, key, accumulate, trained)
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums.count, 1).astype(g.dtype), grads)
         grads = whole(grads, jax.tree.map(jnp.zeros_like, state.params))
-        changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params: Any = optax.apply_updates(state.params, changes)
-        new = TrainState(state.step + 1, params, opt_state, state.extra)
-        new, more = updates.end(new, grads, key)
+        norm = optax.tree.norm(trainable(grads, trained))
+        good, known = judged(guard, state, sums, norm)
+
+        def update(state: TrainState, grads: Params, first: TrainState):
+            changes, opt_state = optimizer.update(grads, state.opt_state, state.params, norm=norm)
+            params: Any = optax.apply_updates(state.params, changes)
+            new = TrainState(state.step + 1, params, opt_state, state.extra)
+            return updates.end(new, grads, key), optax.tree.norm(trainable(changes))
+
+        def leave_out(state: TrainState, grads: Params, first: TrainState):
+            return first, jnp.zeros_like(norm)
+
+        new, update_norm = only_if(good, update, leave_out, state, grads, first)
         metrics = {
             "loss": (sums.total, sums.count),
-            **sums.metrics,
+            **learnt(sums.metrics, good),
             **token_counts(batch),
-            **more,
-            "grad_norm": optax.tree.norm(trainable(grads, trained)),
-            "update_norm": optax.tree.norm(trainable(changes)),
-            "param_norm": optax.tree.norm(trainable(params)),
+            **updates.told(new),
+            **pace(optimizer, state),
+            "grad_norm": norm,
+            "update_norm": update_norm,
+            "param_norm": optax.tree.norm(trainable(new.params)),
         }
-        return new, metrics
+        return noted(new, metrics, known)
 
     return step
+
+
+def judged(
+    guard: Guard, state: TrainState, sums: Loss, norm: jax.Array
+) -> tuple[jax.Array | None, dict[str, Any]]:
+    """(whether the update is made, None where nothing is judged; what the guard knows now)."""
+    if not guard.on:
+        return None, {}
+    return guard.judge(state.extra[GUARD], sums.total / jnp.maximum(sums.count, 1), norm)
+
+
+def learnt(metrics: Metrics, good: jax.Array | None) -> Metrics:
+    """The loss's metrics, without what a mixing policy would learn from a step left out."""
+    if good is None:
+        return metrics
+    return {
+        name: tuple(jnp.where(good, x, 0.0) for x in pair) if "domain_loss/" in name else pair
+        for name, pair in metrics.items()
+    }
+
+
+def pace(optimizer: Any, state: TrainState) -> Metrics:
+    """``learning_rate``: that of the update that a step begins, before any group's own scale."""
+    if not isinstance(optimizer, Built) or optimizer.rate is None:
+        return {}
+    return {"learning_rate": optimizer.rate(state.opt_state.count)}
+
+
+def noted(state: TrainState, metrics: Metrics, known: dict[str, Any]) -> tuple[TrainState, Metrics]:
+    """The state with what the guard knows, and the metrics: "skipped", updates left out so far,
+    and "guard/..." of ``TOLD``, for whoever acts upon them."""
+    if not known:
+        return state, metrics
+    told = {"skipped": known["skipped"]}
+    told |= {f"guard/{name}": known[name] for name in TOLD}
+    return dataclasses.replace(state, extra=state.extra | {GUARD: known}), metrics | told
 
 
 def begun(

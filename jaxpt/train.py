@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import rich.console
 
-from jaxpt import examine, summary
+from jaxpt import determinism, environment, examine, summary, watch
 from jaxpt.checkpoint import Checkpoints
 from jaxpt.checkups import Checkups
 from jaxpt.data.cache import cache_folder
@@ -32,13 +32,14 @@ from jaxpt.monitor import MonitorSession
 from jaxpt.objectives.base import Batch
 from jaxpt.program import Program
 from jaxpt.progress import Progress, Result
-from jaxpt.rate import LearningRate
 from jaxpt.report import write_report
 from jaxpt.run import Phase, Run, to_json
 from jaxpt.samples import show
+from jaxpt.shortage import explained
 from jaxpt.signals import Interrupted, StopRequest
 from jaxpt.start import Start, open_start
 from jaxpt.state import TrainState
+from jaxpt.watch import Watch
 
 
 class Trainer:
@@ -71,7 +72,8 @@ class Trainer:
         """Every phase that is left, from where the run stands."""
         program, state = self.resumed or self.begin()
         while True:
-            state, stopped = self.run_phase(program, state)
+            with explained(program):
+                state, stopped = self.run_phase(program, state)
             if stopped or self.progress.phase + 1 == len(self.run.phases):
                 break
             program, state = self.next_phase(program, state)
@@ -87,6 +89,7 @@ class Trainer:
         if stopped:
             result.stopped = self.stop.signal.name if self.stop.signal else "SIGTERM"
             self.monitor.stop(self.stop.cause or result.stopped)
+        self.monitor.note_end(self.progress.early)
         self._ending = True
         return result
 
@@ -98,19 +101,20 @@ class Trainer:
         seed = self.run.seed if self.run.init_seed is None else self.run.init_seed
         key = jax.random.key(seed)
         state = self.source.state(program, key) if self.source else program.init(key)
-        self.save(state)
+        self.save(state, due=True)
         return program, state
 
     def next_phase(self, before: Program, state: TrainState) -> tuple[Program, TrainState]:
         """The next phase's program, and the state that it begins with."""
         progress = self.progress
-        index, updates = progress.phase + 1, progress.schedule_start + progress.phase_step
+        index, updates = progress.phase + 1, int(state.opt_state.count)
         program = self.program(index, updates)
         if not program.keeps_optimizer(before):
             program = self.program(index)
         key = jax.random.fold_in(jax.random.key(self.run.seed), index)
         state = program.follow(before, state, key)
-        self.progress = Progress(index, progress.step, schedule_start=program.schedule_start)
+        start, early = program.schedule_start, progress.early
+        self.progress = Progress(index, progress.step, schedule_start=start, early=early)
         return program, state
 
     def run_phase(self, program: Program, state: TrainState) -> tuple[TrainState, bool]:
@@ -139,7 +143,7 @@ class Trainer:
         harness = self.run.evaluate.harness
         ask_due = Due(harness.every if harness else None, program)
         save_due = Due(self.run.checkpoint.every, program)
-        rate = LearningRate(program)
+        watch = self.watch(program, state)
         began = time.monotonic() - progress.phase_seconds
         with program.batches(self.tokenizer, progress.data) as batches:
             while not (asked.over or asked.stop):
@@ -151,8 +155,8 @@ class Trainer:
                 progress.step += 1
                 progress.phase_step += 1
                 progress.phase_seconds = time.monotonic() - began
-                known = {"learning_rate": rate(progress.phase_step - 1), **batches.metrics()}
-                monitor.log(progress.step, metrics, known)
+                state = watch(state, metrics)
+                monitor.log(progress.step, metrics, batches.metrics())
                 asked = self.together.agree(self.wishes(phase, evaluation_due, save_due))
                 asked.over |= self.has_its_steps(phase)
                 evaluate = asked.evaluate or evaluation_due.by_step(progress.phase_step)
@@ -160,11 +164,29 @@ class Trainer:
                 progress.owed = ["evaluate"] * evaluate + ["ask"] * ask
                 asked.stop = not self.checkups.settle(progress, program, state) or asked.stop
                 if asked.save or save_due.by_step(progress.phase_step):
-                    self.save(state, batches)
+                    self.save(state, batches, due=True)
             asked = self.together.agree_now(self.wishes(phase))
             self._ending = asked.stop
+            if not asked.stop:
+                watch.end()
+                self.look_for_more(phase, over=asked.over)
             self.save(state, batches)
         return state, asked.stop
+
+    def watch(self, program: Program, state: TrainState) -> Watch:
+        """Over the steps of a phase."""
+        at, first = (self.folder, self.checkpoints, self.monitor), self.together.first
+        return Watch(program, state, self.progress, *at, first)
+
+    def look_for_more(self, phase: Phase, *, over: bool) -> None:
+        """Where a phase has ended before its length, its data has: says so."""
+        if over or self.has_its_steps(phase) or phase.epochs is not None:
+            return
+        line = f"the data of phase {phase.name} ended after {self.progress.phase_step} steps"
+        line += f" of {phase.total_steps}" if phase.total_steps else f", before {phase.duration}"
+        if line not in self.progress.early:
+            self.progress.early = [*self.progress.early, line]
+        self.monitor.note(line)
 
     def next_batch(self, batches: DeviceBatches) -> Batch | None:
         """None where the data has ended, or a stop was asked for while it was waited for."""
@@ -204,9 +226,14 @@ class Trainer:
     def has_its_steps(self, phase: Phase) -> bool:
         return phase.total_steps is not None and self.progress.phase_step >= phase.total_steps
 
-    def save(self, state: TrainState, batches: DeviceBatches | None = None) -> None:
-        """Saves what is needed to go on: ``batches`` knows where the data stands."""
+    def save(
+        self, state: TrainState, batches: DeviceBatches | None = None, *, due: bool = False
+    ) -> None:
+        """Saves what is needed to go on: ``batches`` knows where the data stands. ``due``: it is
+        no stop or end of a phase that saves."""
         with self.monitor.during("saving"):
+            if due:
+                watch.due(self.progress, self.checkpoints, self.run.guard)
             if batches is not None:
                 self.progress.data = gathered(batches.state())
             self.progress.monitor = self.monitor.state()
@@ -221,6 +248,7 @@ def train(
     *,
     restart: bool = False,
     stop: StopRequest | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Result:
     """Trains a run in its folder: a new one, or on from its last checkpoint.
 
@@ -229,15 +257,17 @@ def train(
       workdir: the run's folder; made if it is not there.
       restart: begin again from step 0 where the folder holds metrics but no checkpoint.
       stop: how a stop is asked for; None: by signals, where this is the main thread.
+      tokenizer: of a new run; None: what ``run.tokenizer`` builds.
 
     Raises:
       ConfigError: an impossible choice, or a folder that holds something else; nothing has been
         written then.
       DataError: input that cannot be read, or a checkpoint that does not fit.
     """
+    determinism.prepare(run.deterministic)
     run.validate(jax.device_count())
     folder = RunFolder(Path(workdir))
-    layout, tokenizer = run.mesh.build(), folder.tokenizer(run)
+    layout, tokenizer = run.mesh.build(), folder.tokenizer(run, tokenizer)
     source = open_start(run, folder)
     check(run, tokenizer, layout, source)
     with contextlib.ExitStack() as stack:
@@ -267,6 +297,8 @@ def train(
             run_config=read_json(folder.config),
         )
         stack.enter_context(monitor)
+        if together.first:
+            environment.record(folder.path, progress.step, run.deterministic)
         together.ending = monitor.abandon
         for step, cause in damaged.items():
             monitor.note(f"checkpoint {step} is damaged and was set aside: {cause}")
@@ -295,7 +327,7 @@ def restore(
     """Where a run stood at a checkpoint, its phase there, and its state."""
     progress = Progress(**checkpoints.progress(step))
     program = Program(run, progress.phase, vocabulary, layout, progress.schedule_start)
-    return progress, (program, checkpoints.restore(step, program.abstract))
+    return progress, (program, watch.restored(checkpoints, step, program))
 
 
 def check(run: Run, tokenizer: Tokenizer, layout: Layout, source: Start | None = None) -> None:
@@ -317,11 +349,13 @@ def main(
     coordinator: str | None = None,
     processes: int | None = None,
     process_id: int | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> int:
     """``jaxpt train``: trains, then shows losses beside baselines, samples, and the report's path.
 
     Args:
       coordinator, processes, process_id: see ``distributed.detect``.
+      tokenizer: see ``train``.
 
     Returns:
       The exit code: that of the signal where one stopped the run.
@@ -329,10 +363,11 @@ def main(
     if dry_run:
         summary.show(run)
         return Exit.OK
+    determinism.prepare(run.deterministic)
     use_compilation_cache()
     start(coordinator, processes, process_id)
     stop = StopRequest(run.checkpoint.grace, leaves=True)
-    result = train(run, workdir, restart=restart, stop=stop)
+    result = train(run, workdir, restart=restart, stop=stop, tokenizer=tokenizer)
     console = rich.console.Console(quiet=jax.process_index() > 0)
     if result.stopped is not None:
         console.print(
@@ -344,7 +379,9 @@ def main(
         summary.show_results(result.results, console)
     show(result.samples, console)
     console.print(f"report: {result.folder / 'report.html'}", soft_wrap=True)
-    return Exit.OK
+    if early := result.progress.early:
+        console.print("; ".join(early), soft_wrap=True)
+    return Exit.DATA_ENDED if early else Exit.OK
 
 
 def use_compilation_cache() -> None:

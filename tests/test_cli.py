@@ -325,7 +325,7 @@ def test_bench_and_data_show(called, config):
         (
             "data.show",
             (run_of(),),
-            {"count": 2, "split": "validation", "phase": None, "json": False},
+            {"count": 2, "split": "validation", "phase": None, "at_batch": None, "json": False},
         ),
     ]
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxpt.data.balance import balance, balanced_target_length
 from jaxpt.data.base import Source, Split
+from jaxpt.data.blocks import Counts
 from jaxpt.data.loader import Loading, build_loader
 from jaxpt.data.packing import unpack
 from jaxpt.errors import ConfigError
@@ -38,8 +39,10 @@ def collect(
     seed: int = 0,
     loading: Loading | None = None,
     count: int = 1,
+    at_batch: int | None = None,
 ) -> dict[str, Any]:
-    """Reads the first batches, until each task has shown ``count`` examples (64 batches at most).
+    """Reads the first batches, until each task has shown ``count`` examples (64 batches at most);
+    or the batch of this number alone, which counts from 1.
 
     Returns:
       JSON: "examples", a list of {"task", "inputs" (encoder-decoder), "tokens", "targets" (text
@@ -62,7 +65,11 @@ def collect(
         shuffle=split == "train",
         loading=loading,
     ) as loader:
-        for host in itertools.islice(loader, MOST_BATCHES):
+        first, last = (0, MOST_BATCHES) if at_batch is None else (at_batch - 1, at_batch)
+        for _ in itertools.islice(loader, first):
+            pass
+        loader.counts = Counts()
+        for host in itertools.islice(loader, last - first):
             for example in unpack(host):
                 task: int = example["task"]
                 total = totals[tasks[task]]
@@ -154,7 +161,9 @@ def main(
     count: int = 1,
     split: Split = "train",
     phase: str | None = None,
+    at_batch: int | None = None,
     json: bool = False,
+    tokenizer: Any = None,
 ) -> int:
     """``jaxpt data show``: examples of a phase's batches, and how well they fill their rows.
 
@@ -163,19 +172,27 @@ def main(
       count: examples of each task.
       split: which documents.
       phase: name of the phase; default: the first.
+      at_batch: the number of the only batch to show, as the phase trains on it, from 1.
       json: prints the JSON of ``collect``, and "lengths": for each task the raw tokens of its
         longest example, its inputs, targets and sentinels; with two streams also "balance": the
         mean positions of the longest examples, the "bound" on the rows' fill and the
         "target_length" in balance.
+      tokenizer: the run's, built; default: what ``run.tokenizer`` builds.
 
     Raises:
-      ConfigError: there is no such phase, or its objective cannot be built.
+      ConfigError: there is no such phase, or its objective cannot be built; or a batch by its
+        number, of data whose mixture is learnt in training.
     """
     names = [p.name for p in run.phases]
     if phase is not None and phase not in names:
         raise ConfigError("--phase", f"{phase!r} is not valid; phases: {', '.join(names)}")
     index = 0 if phase is None else names.index(phase)
-    shown, tokenizer = run.phases[index], run.tokenizer.build()
+    shown, tokenizer = run.phases[index], tokenizer or run.tokenizer.build()
+    if at_batch is not None and at_batch < 1:
+        raise ConfigError("--at-batch", f"{at_batch} is not valid; give 1 or more")
+    if at_batch is not None and shown.data.mixing().online:
+        name = type(shown.data.mixing()).__name__
+        raise ConfigError("--at-batch", f"{name} draws batches by what the run has learnt")
     sizes = {"length": shown.length, "target_length": shown.target_length}
     features = shown.objective.on_host.build(tokenizer.vocabulary, **sizes)
     found = collect(
@@ -189,6 +206,7 @@ def main(
         seed=(run.seed if run.data_seed is None else run.data_seed) + index,
         loading=run.loader,
         count=count,
+        at_batch=at_batch,
     )
     found["lengths"] = table_of_lengths(features, shown.objective.tasks)
     if shown.target_length is not None:

@@ -133,12 +133,15 @@ class Bound:
             state = before(state, gradients, own)
         return state
 
-    def end(self, state: Any, grads: Any, key: jax.Array) -> tuple[Any, dict[str, Any]]:
-        """(the state after what comes after the optimizer, the updates' metrics)."""
+    def end(self, state: Any, grads: Any, key: jax.Array) -> Any:
+        """The state after what comes after the optimizer."""
         for i, after in enumerate(self.after):
             state = after(state, grads, jax.random.fold_in(key, i + 1))
-        found = {name: value for each in self.metrics for name, value in each(state).items()}
-        return state, found
+        return state
+
+    def told(self, state: Any) -> dict[str, Any]:
+        """The updates' metrics, of the state that a step ends with."""
+        return {name: value for each in self.metrics for name, value in each(state).items()}
 
 
 def bound(updates: Sequence[Update], model: Any, optimizer: Any) -> Bound:

@@ -55,14 +55,19 @@ class Built(optax.GradientTransformationExtraArgs):
     clip: greatest global norm of the gradient, which such steps must see to themselves; or None.
     seed: of the rules' keys.
     start: updates made before the phase: the phase's step is the state's count less this.
+    rate: learning rate after so many updates.
     rates: path -> learning rate after so many updates, of what is not frozen.
     before: what a step begins with, before its gradients; or None.
+
+    ``update`` takes, beside gradients, state and parameters, ``norm``: the global norm of what is
+    trained of the gradients, where that is known.
     """
 
     rules: dict[str, Rule]
     clip: float | None
     seed: int
     start: int = 0
+    rate: StepFunction | None = None
     rates: Mapping[str, StepFunction] = types.MappingProxyType({})
     before: Before | None = None
 
@@ -74,16 +79,22 @@ class Built(optax.GradientTransformationExtraArgs):
         clip: float | None,
         seed: int,
     ) -> Built:
-        def update(updates, state, params=None, **_):
+        def update(updates, state, params=None, norm=None, **_):
             if clip is not None:
                 trained = map_with_path(lambda path, g: g if path in rules else None, updates)
-                clipped, _ = optax.clip_by_global_norm(clip).update(trained, optax.EmptyState())
-                updates = whole(clipped, updates)
+                norm = optax.tree.norm(trained) if norm is None else norm
+                updates = whole(clipped(trained, norm, clip), updates)
             return transform.update(updates, state, params)
 
         built = cls(transform.init, update)
         built.rules, built.clip, built.seed = rules, clip, seed
         return built
+
+
+def clipped(grads: Any, norm: jax.Array, most: float) -> Any:
+    """Gradients of this global norm, shortened to ``most`` where they are longer."""
+    short = norm < most
+    return jax.tree.map(lambda g: jnp.where(short, g, (g / norm.astype(g.dtype)) * most), grads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +227,7 @@ class Optimizer:
         transform = by_tensor(tensors, rules, seed, in_turn=in_turn)
         built = Built.of(transform, rules, self.clip, seed)
         built.start, built.before = start, self.before(tensors, rules)
+        built.rate = rate
         built.rates = {path: _scaled(rate, treatments[path].lr_scale) for path in rules}
         return built
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from jaxpt.guard import kept
 from jaxpt.mesh import active_layout
 from jaxpt.optimizers.rules import Rule
 from jaxpt.weights.base import Tensor
@@ -33,6 +34,7 @@ def update_in_place(
     count: jax.Array,
     key: jax.Array,
     at: Any,
+    good: jax.Array | None = None,
 ) -> tuple[Any, jax.Array]:
     """Updates array number ``at`` of a stack of parameters and that of their states.
 
@@ -45,6 +47,7 @@ def update_in_place(
       count: updates made before this one.
       key: of the one array.
       at: int32 scalar.
+      good: bool scalar; where it is False, all stays as it is.
 
     Returns:
       (the stacks with the array's update in them, sum of the squares of its change).
@@ -53,7 +56,7 @@ def update_in_place(
     ways, size = block_rows(tensor) if rule.elementwise else (1, None)
     if size is None:
         old = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, at, keepdims=False), stacks)
-        new, square = _changed(rule, old, grad, scale, count, key)
+        new, square = _changed(rule, old, grad, scale, count, key, good)
         put = jax.lax.dynamic_update_index_in_dim
         return _pinned(jax.tree.map(lambda a, b: put(a, b, at, 0), stacks, new)), square
     rows = grad.shape[0] // ways
@@ -71,7 +74,8 @@ def update_in_place(
             lambda a: jax.lax.dynamic_slice(a, place(a), (1, ways, size, *a.shape[3:]))[0], stacks
         )
         part = jax.lax.dynamic_slice_in_dim(grads, start, size, axis=1)
-        new, more = _changed(rule, old, part, scale, count, jax.random.fold_in(key, start))
+        own = jax.random.fold_in(key, start)
+        new, more = _changed(rule, old, part, scale, count, own, good)
         put = jax.lax.dynamic_update_slice
         return jax.tree.map(lambda a, b: put(a, b[None], place(a)), stacks, new), square + more
 
@@ -105,12 +109,21 @@ def _pinned(tree: Any) -> Any:
     return jax.tree.map(lambda a: with_layout_constraint(a, Layout(tuple(range(a.ndim)))), tree)
 
 
-def _changed(rule: Rule, old: Any, grad: Any, scale: jax.Array, count: jax.Array, key: jax.Array):
+def _changed(
+    rule: Rule,
+    old: Any,
+    grad: Any,
+    scale: jax.Array,
+    count: jax.Array,
+    key: jax.Array,
+    good: jax.Array | None,
+):
     """((parameter, state) after the update, sum of the squares of the change)."""
     # Read, changed, written: without the barriers XLA keeps a copy of what is written to.
     (param, state), grad = jax.lax.optimization_barrier((old, grad))
     grad = jax.tree.map(lambda g: (scale * g).astype(g.dtype), grad)
-    change, state = rule.update(grad, state, param, count, key)
+    change, new = rule.update(grad, state, param, count, key)
     square = optax.tree.norm(jax.tree.map(lambda c: c.astype(jnp.float32), change), squared=True)
-    param = jax.tree.map(lambda p, c: (p + c).astype(p.dtype), param, change)
-    return jax.lax.optimization_barrier(((param, state), square))
+    changed = jax.tree.map(lambda p, c: (p + c).astype(p.dtype), param, change)
+    found = kept(good, ((changed, new), square), ((param, state), jnp.zeros_like(square)))
+    return jax.lax.optimization_barrier(found)
