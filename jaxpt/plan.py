@@ -23,6 +23,7 @@ from jax.experimental import topologies
 
 from jaxpt import hardware
 from jaxpt.errors import ConfigError
+from jaxpt.expected import Asked, Held, compare, expected
 from jaxpt.hardware import Chip
 from jaxpt.hlo import Collective, traffic
 from jaxpt.operations import operations
@@ -74,6 +75,7 @@ class Plan:
     operations: of a step, on all devices, that the program has, what is computed again too.
     moved: between memory and cores.
     collectives: exchanges with other devices.
+    asked: those that the sharding asks for, by formula; None where there is none for the model.
     across: of what is sent in them, bytes that go to other hosts by a slower network.
     loops: those whose length the compiled program does not say: what they move and exchange is
       counted once.
@@ -96,6 +98,7 @@ class Plan:
     operations: float
     moved: int
     collectives: tuple[Collective, ...]
+    asked: tuple[Asked, ...] | None
     across: float
     loops: tuple[str, ...]
     tokens: int
@@ -115,6 +118,11 @@ class Plan:
     def fits(self) -> bool | None:
         """Whether the peak is within the memory of the chip's data sheet."""
         return None if self.chip is None else self.peak <= self.chip.memory
+
+    @property
+    def held(self) -> tuple[list[Held], bool] | None:
+        """The exchanges beside what the formula asks for, and whether it explains them."""
+        return None if self.asked is None else compare(self.collectives, self.asked)
 
     def floors(self, share: float = 1.0) -> dict[str, float]:
         """Seconds that a step takes at least by what it computes, at this share of the chip's peak;
@@ -176,6 +184,7 @@ def plan(program: Program) -> Plan:
         operations=operations(traced),
         moved=found.bytes,
         collectives=found.collectives,
+        asked=expected(program),
         across=found.across,
         loops=found.loops,
         tokens=program.phase.tokens_per_step,

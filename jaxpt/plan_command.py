@@ -13,6 +13,7 @@ from rich.table import Table
 from jaxpt.data.vocabulary import Vocabulary
 from jaxpt.errors import ConfigError, Exit
 from jaxpt.files import dumps
+from jaxpt.hlo import Collective
 from jaxpt.plan import DoesNotFit, Plan, devices_of, plan, program_on
 from jaxpt.run import Run
 
@@ -85,9 +86,12 @@ def bound(found: Plan, share: float) -> str:
 def as_dict(found: Plan, share: float) -> dict[str, Any]:
     """The plan as JSON has it, with what follows from it."""
     seconds = step_seconds(found, share)
-    collectives = [dataclasses.asdict(c) | {"sent": c.sent} for c in found.collectives]
+    held = None if found.held is None else found.held[0]
     return dataclasses.asdict(found) | {
-        "collectives": collectives,
+        "collectives": [_with_sent(each) for each in found.collectives],
+        "asked": found.asked and [{"what": a.what} | _with_sent(a.exchange) for a in found.asked],
+        "held": held and [dataclasses.asdict(row) | {"excess": row.excess} for row in held],
+        "explained": found.held and found.held[1],
         "peak": found.peak,
         "memory_of_chip": found.chip.memory if found.chip else None,
         "fits": found.fits,
@@ -98,6 +102,10 @@ def as_dict(found: Plan, share: float) -> dict[str, Any]:
         "tokens_per_second": found.tokens / seconds if seconds else None,
         "days": _days(found, seconds),
     }
+
+
+def _with_sent(each: Collective) -> dict[str, Any]:
+    return dataclasses.asdict(each) | {"sent": each.sent}
 
 
 def _days(found: Plan, seconds: float | None) -> float | None:
@@ -154,19 +162,30 @@ def tables(title: str, found: Plan, share: float) -> Iterator[Table]:
 
 
 def _exchanges(found: Plan) -> Table:
+    """What the program exchanges and, below, what its sharding asks for."""
     table = Table(title="exchanges of one device in a step")
     for column in ("kind", "axes", "devices", "times", "GB", "GB sent"):
         table.add_column(column, justify="left" if column in ("kind", "axes") else "right")
     for each in found.collectives:
-        table.add_row(
-            each.kind,
-            " ".join(each.axes),
-            str(each.size),
-            f"{each.count:,}",
-            f"{each.bytes / 1e9:,.3f}",
-            f"{each.sent / 1e9:,.3f}",
-        )
+        table.add_row(each.kind, *_amounts(each))
+    if found.asked is None or found.held is None:
+        table.caption = "no formula says what this model's sharding asks for"
+        return table
+    table.add_section()
+    for one in found.asked:
+        table.add_row(f"asked: {one.what}, {one.exchange.kind}", *_amounts(one.exchange))
+    held, explained = found.held
+    sums = ", ".join(
+        f"{' '.join(row.axes)} {row.found / 1e9:,.3f} of {row.asked / 1e9:,.3f}" for row in held
+    )
+    verdict = "explained" if explained else "NOT explained"
+    table.caption = f"{verdict} by what is asked for: GB sent over {sums}"
     return table
+
+
+def _amounts(each: Collective) -> tuple[str, ...]:
+    numbers = f"{each.bytes / 1e9:,.3f}", f"{each.sent / 1e9:,.3f}"
+    return " ".join(each.axes), str(each.size), f"{each.count:,}", *numbers
 
 
 def _sent(found: Plan) -> float:

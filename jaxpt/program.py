@@ -95,9 +95,9 @@ class Program:
 
     @property
     def flops_per_step(self) -> float:
-        """Model FLOPs of a train step: forward, and twice that for the backward pass."""
+        """Model FLOPs of a train step: see ``Model.train_flops``."""
         phase = self.phase
-        return 3 * self.model.flops(phase.batch, phase.length, phase.target_length)
+        return self.model.train_flops(phase.batch, phase.length, phase.target_length)
 
     def check(self, before: Program | None = None, start: Model | None = None) -> None:
         """Builds all that needs no device, so that what cannot work is said before any work.

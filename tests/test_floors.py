@@ -50,7 +50,7 @@ FLOORS = (
     ("jaxpt.run",),
     ("jaxpt.folder", "jaxpt.checks", "jaxpt.program", "jaxpt.generator"),
     ("jaxpt.progress",),
-    ("jaxpt.scoring",),
+    ("jaxpt.scoring", "jaxpt.expected"),
     (
         "jaxpt.loading",
         "jaxpt.start",

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxpt.mesh import Mesh
+from jaxpt.hlo import traffic
+from jaxpt.mesh import Mesh, single
 from jaxpt.models import lookup as module
-from jaxpt.models.lookup import lookup, summed
+from jaxpt.models.lookup import embedded, lookup, summed
 
 
 def expected(g, ids, rows):
@@ -58,3 +59,35 @@ def test_both_ways_agree(monkeypatch, mesh):
         summed_up = jitted(table, ids)
         assert "scatter" not in jitted.lower(table, ids).as_text()
     np.testing.assert_allclose(summed_up, scattered, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("chip", "mesh"),
+    [("cpu", Mesh(data=2, fsdp=2, tensor=2)), ("gpu", Mesh(data=1, fsdp=4, context=2))],
+)
+def test_rows_are_handed_round(monkeypatch, chip, mesh):
+    """Where a device has fewer tokens than the table rows: the same gradient as on one device, by
+    exchanges no larger than it or the rows themselves."""
+    monkeypatch.setattr(module, "platform", lambda: chip)
+    ids = jax.random.randint(jax.random.key(0), (8, 8), 0, 60)
+    table = jax.random.normal(jax.random.key(1), (128, 16))
+    weights = jax.random.normal(jax.random.key(2), (8, 8, 16))
+
+    def value(table, ids, weights):
+        return jnp.sum(weights * jnp.sin(embedded(table, ids, jnp.float32)))
+
+    layout = mesh.build()
+    lies, rows = layout.sharding(("vocab", "embed")), layout.sharding(("batch", "length", "width"))
+    places = (lies, layout.sharding(("batch", "length")), rows)
+    with layout.active():
+        jitted = jax.jit(jax.grad(value), in_shardings=places, out_shardings=lies)
+        compiled = jitted.lower(table, ids, weights).compile()
+        few = jax.make_jaxpr(value)(table[:4], ids, weights)
+    assert "all_to_all" not in str(few), "more tokens than rows: the table is gathered"
+    found = traffic(compiled.as_text(), dict(layout.mesh.shape)).collectives
+    own = 4 * table.size // layout.ways("vocab") // layout.ways("embed")
+    assert found
+    assert all(each.bytes <= max(own, 4 * weights.size // 2) for each in found), found
+    with single().active():
+        expected = jax.grad(value)(table, ids, weights)
+    np.testing.assert_allclose(compiled(table, ids, weights), expected, rtol=1e-5, atol=1e-6)

@@ -15,13 +15,15 @@ from jaxpt import cli, plan_command
 from jaxpt import plan as plans
 from jaxpt.data.vocabulary import Vocabulary
 from jaxpt.errors import ConfigError, Exit
+from jaxpt.expected import Asked, compare, expected
 from jaxpt.hlo import Collective
 from jaxpt.layerwise import LayerwiseStep
 from jaxpt.mesh import Mesh
 from jaxpt.models.transformer import Transformer
+from jaxpt.operations import operations
 from jaxpt.optimizers import AdamW
 from jaxpt.run import Run
-from jaxpt.weights import Grouped, SparsePlusLowRank
+from jaxpt.weights import Dense, Grouped, LoRA, SparsePlusLowRank
 
 
 def test_what_a_plan_counts(tmp_path):
@@ -40,6 +42,69 @@ def test_what_a_plan_counts(tmp_path):
     assert found.temporaries > 0
     assert found.peak == (found.arguments + found.outputs - found.aliased + found.temporaries)
     assert found.flops == program.flops_per_step
+
+
+@pytest.mark.parametrize("weight", [Dense(), LoRA(rank=4)])
+def test_flops_by_hand(tmp_path, weight):
+    """Of a step: 6 for each number of a matrix and token, and of a frozen one 4; attention's two
+    products forward and four backward. The model's, and what the traced step has: it makes no
+    gradient of what is frozen."""
+    model = {"model.weights": (("*/layers/*", weight), ("*", Dense()))}
+    program = program_of(tiny_run(tmp_path, mesh=Mesh(devices=1), **model))
+    width, hidden, layers, rows, length = 16, 32, 2, 8, 48
+    vocabulary = program.model.config.padded_vocab(program.model.vocab_size)
+    shapes = 4 * [(width, width)] + 2 * [(width, hidden)]
+    by_hand = 6.0 * width * vocabulary
+    for d_in, d_out in layers * shapes:
+        frozen = isinstance(weight, LoRA)
+        by_hand += (4 if frozen else 6) * d_in * d_out + 6 * frozen * 4 * (d_in + d_out)
+    by_hand = rows * (length * by_hand + layers * 3 * 4 * width * length**2)
+    assert program.flops_per_step == pytest.approx(by_hand, rel=0.02)
+    batch = [program.abstract_batch, jax.eval_shape(lambda: jax.random.key(0))]
+    with program.layout.active():
+        traced = jax.make_jaxpr(program.step_function)(program.abstract, *batch)
+    scores = rows * layers * 2 * width * length**2  # which the backward pass makes again
+    assert operations(traced) == pytest.approx(by_hand + scores, rel=0.02)
+
+
+def test_what_the_sharding_asks_for(tmp_path):
+    """By hand: each of 2 x 6 matrices is gathered twice along fsdp, its gradient scattered there
+    and added up over data; after and before 2 branches of a layer rows are added up over tensor.
+    What is beyond that is found."""
+    run = tiny_run(tmp_path, mesh=Mesh(data=2, fsdp=2, tensor=2))
+    asked = {
+        (a.what, a.exchange.kind, a.exchange.axes): a.exchange for a in expected(program_of(run))
+    }
+    matrix = 4 * (4 * 16 * 16 + 2 * 16 * 32) / 2  # bytes on the devices of a layer, over tensor
+    vocabulary = 4 * 368 * 16 / 2
+    gathered = asked["parameters", "all-gather", ("fsdp",)]
+    assert (gathered.count, gathered.bytes) == (2 * 12 + 1, 2 * 2 * matrix + vocabulary)
+    scattered = asked["gradients", "reduce-scatter", ("fsdp",)]
+    assert (scattered.count, scattered.bytes) == (12 + 1, 2 * matrix + vocabulary)
+    # The embedding's is made where it lies: of rows that are handed round.
+    added = asked["gradients", "all-reduce", ("data",)].bytes
+    assert added == (scattered.bytes + vocabulary) / 2
+    handed = asked["embedding's rows", "all-to-all", ("fsdp",)]
+    assert (handed.count, handed.bytes) == (2, 2 * 4 * 2 * 48 * 16)
+    assert asked["gradients", "all-reduce", ("data", "fsdp")].bytes == 4 * (2 * 2 + 1) * 16
+    rows = 4 * 8 * 48 * 16 // 4
+    assert asked["branches", "all-reduce", ("tensor",)].bytes == 2 * 4 * rows
+    assert expected(program_of(tiny_run(tmp_path, mesh=Mesh(devices=1)))) is None
+
+    def compared(**more):
+        found = [one.exchange for one in expected(program_of(run))]
+        return compare(
+            [*found, Collective("all-gather", ("data",), 2, 1, more["bytes"])], asked_for
+        )
+
+    asked_for = expected(program_of(run))
+    assert compared(bytes=1000)[1]
+    rows, explained = compared(bytes=10**6)
+    assert not explained
+    assert {row.axes: row.excess for row in rows}["data",] == pytest.approx(5e5)
+    ring = Collective("collective-permute", ("fsdp",), 16, 17, 17 * 100)
+    gather = Asked("parameters", Collective("all-gather", ("fsdp",), 16, 1, 1600))
+    assert compare([ring], [gather])[0][0].excess == 0  # 17 rounds where 15 would do
 
 
 def test_topologies_that_nothing_can_compile_for(monkeypatch):
@@ -108,6 +173,7 @@ def test_temporaries_do_not_grow_with_depth(tmp_path, package, target):
 def plan_of(**fields) -> plans.Plan:
     values = {field.name: 0 for field in dataclasses.fields(plans.Plan)}
     known = {"device": "TPU v5", "devices": 1, "mesh": {"data": 1}, "collectives": (), "loops": ()}
+    known |= {"asked": None}
     return plans.Plan(**values | known | fields)
 
 

@@ -28,18 +28,14 @@ def forward(
     - attention's two products, 4 T S N H a layer and row, over the full T x S rectangle: neither
       the causal half nor windows are taken off, since plain XLA computes all of it.
 
-    Not counted: softmax, norms, activations, biases, the embedding's look-up. Training takes about
-    three times as many (the backward pass has two products for each forward one), more with remat.
+    Not counted: softmax, norms, activations, biases, the embedding's look-up.
     """
     both = config.kind == "encoder_decoder"
     targets = (target_length or 0) if both else length
     total = 0.0
     for path, product in products.items():
-        from_encoder = path.startswith("encoder/") and both
-        to_cross = "/cross_attention/key" in path or "/cross_attention/value" in path
-        tokens = length if from_encoder or to_cross else targets
         count = product.weight.flops(product.d_in, product.d_out) * product.stack
-        total += float(batch * tokens * count)
+        total += float(batch * _tokens(config, path, length, target_length) * count)
     if config.tied:
         total += 2.0 * batch * targets * config.width_of_output * config.padded_vocab(vocab_size)
     scores = 4.0 * batch * config.attention.heads * config.head_dim
@@ -49,3 +45,26 @@ def forward(
     if both:
         total += scores * decoder * targets * length
     return total
+
+
+def frozen(
+    config: Transformer,
+    products: Mapping[str, Product],
+    batch: int,
+    length: int,
+    target_length: int | None,
+) -> float:
+    """Those operations of ``forward`` that multiply by matrices without gradients."""
+    total = 0.0
+    for path, product in products.items():
+        count = product.weight.frozen_flops(product.d_in, product.d_out) * product.stack
+        total += float(batch * _tokens(config, path, length, target_length) * count)
+    return total
+
+
+def _tokens(config: Transformer, path: str, length: int, target_length: int | None) -> int:
+    """How many tokens of a row go through the product at this path."""
+    both = config.kind == "encoder_decoder"
+    from_encoder = path.startswith("encoder/") and both
+    to_cross = "/cross_attention/key" in path or "/cross_attention/value" in path
+    return length if from_encoder or to_cross or not both else target_length or 0

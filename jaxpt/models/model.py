@@ -9,7 +9,7 @@ import jax
 
 from jaxpt.errors import ConfigError
 from jaxpt.mesh import Layout
-from jaxpt.models import stacking
+from jaxpt.models import flops, stacking
 from jaxpt.models.base import ModelConfig
 from jaxpt.models.network import Network
 from jaxpt.state import Params, flatten, unflatten
@@ -129,3 +129,16 @@ class Model:
         """Floating-point operations of the forward pass of one batch: see ``flops.forward``."""
         config, products = self.config, self.products
         return config.flops(products, self.vocab_size, batch, length, target_length)
+
+    def train_flops(self, batch: int, length: int, target_length: int | None = None) -> float:
+        """Operations of a train step on one batch, nothing computed again: forward, and backward
+        two products for each of the forward pass's, one where the matrix is frozen, none in a
+        network that is frozen as a whole (a teacher)."""
+        total, rows = 0.0, (batch, length, target_length)
+        for name, network in self.config.networks.items():
+            start = f"{name}/" if name else ""
+            own = {p[len(start) :]: v for p, v in self.products.items() if p.startswith(start)}
+            forward = network.flops(own, self.vocab_size, *rows)
+            trained = any(t.trained for p, t in self.tensors.items() if p.startswith(start))
+            total += 3 * forward - flops.frozen(network, own, *rows) if trained else forward
+        return total

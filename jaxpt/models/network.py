@@ -10,10 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 import kernels.attention as kernel
-from jaxpt.mesh import constrain
 from jaxpt.models.attention import Rule, sharding_layout
 from jaxpt.models.cache import Cache
-from jaxpt.models.lookup import lookup
+from jaxpt.models.lookup import embedded, lookup
 from jaxpt.models.mlp import ACTIVATIONS, dropout, project, projection
 from jaxpt.models.position import (
     ALiBi,
@@ -319,10 +318,7 @@ class Network(nnx.Module):
         config = self.config
         if inner is not None and not config.inner_positions:
             raise ValueError("the model has no table for inner_positions: set inner_positions")
-        # Gathered over fsdp first: looked up in a table cut along the width, the rows would have to
-        # be cut anew along the batch.
-        table = constrain(self.embedding.w[...], "vocab", "width", name="embedding matrix")
-        x = lookup(table, tokens).astype(config.compute_dtype())
+        x = embedded(self.embedding.w[...], tokens, config.compute_dtype())
         if config.scale_embeddings:
             x = x * math.sqrt(config.width_of_embedding)
         if config.token_types:

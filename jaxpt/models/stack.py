@@ -14,6 +14,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxpt.errors import ConfigError
+from jaxpt.gather import gathering, gathers
 from jaxpt.mesh import constrain
 from jaxpt.models import stacking
 from jaxpt.models.attention import AttentionModule, Rule
@@ -22,7 +23,7 @@ from jaxpt.models.mlp import dropout
 from jaxpt.models.position import BiasTable, RelativeBias
 from jaxpt.models.recompute import elementwise
 from jaxpt.models.transformer import Transformer
-from jaxpt.weights.base import Scope
+from jaxpt.weights.base import Scope, WeightModule
 
 _POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -234,9 +235,14 @@ class Layers(nnx.Module):
                     return apply(*args)
 
             return sparing
+
+        def again(*args):
+            with gathering():
+                return apply(*args)
+
         # Inside a scan nothing can be merged with the forward pass, so no barrier is needed.
         return jax.checkpoint(
-            apply, policy=_POLICIES[self.config.remat], prevent_cse=not self.config.scan
+            again, policy=_POLICIES[self.config.remat], prevent_cse=not self.config.scan
         )
 
     def _unrolled(self, x, context, keys, cache):
@@ -253,7 +259,11 @@ class Layers(nnx.Module):
         def body(carry, xs):
             return period(*carry, *xs), None
 
-        xs = self.by_period((stacking.split(self.layers)[1], keys, jnp.arange(self.depth)))
+        params = stacking.split(self.layers)[1]
+        if cache is None and self.config.remat in _POLICIES and gathers():
+            # As they will be gathered: so are all layers' gradients, until the update.
+            params = _in_type(self.layers, params, self.config.compute_dtype())
+        xs = self.by_period((params, keys, jnp.arange(self.depth)))
         return jax.lax.scan(body, (x, cache), xs)[0]
 
     def outputs(self, x_BTD, context: Context, key) -> tuple[jax.Array, jax.Array]:
@@ -313,3 +323,13 @@ class Layers(nnx.Module):
             return None, layer.cross_attention.keys_values(encoded_BSD)
 
         return jax.lax.scan(one, None, params)[1]
+
+
+def _in_type(module: nnx.Module, params: Any, dtype) -> Any:
+    """A module's parameters, its weights' in the type that they are used in."""
+    if isinstance(module, WeightModule):
+        return module.in_type(params, dtype)
+    return {
+        name: _in_type(getattr(module, name), own, dtype) if isinstance(own, dict) else own
+        for name, own in params.items()
+    }

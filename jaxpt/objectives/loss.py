@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxpt.errors import ConfigError
-from jaxpt.mesh import active_layout, constrain
+from jaxpt.gather import gathered
+from jaxpt.mesh import active_layout
 from jaxpt.objectives.base import Batch, Loss, Objective
 from kernels.cross_entropy import cross_entropy, pick_chunk
 
@@ -92,7 +93,7 @@ def token_loss(
     hidden_BTD, columns, rows, shards, platform = _by_device(hidden_BTD, columns)
     if shards > 1:
         # Gathered over fsdp once, not in every chunk.
-        w_DV = constrain(w_DV, None, "vocab", name="output matrix")
+        w_DV = gathered(w_DV, ("embed", "vocab"), ("width", "vocab"))
     B, T = columns["targets"].shape
     weights_BT = columns["weights"]
     result = cross_entropy(

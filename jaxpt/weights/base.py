@@ -75,6 +75,12 @@ class WeightModule(nnx.Module):
         """x [..., d_in] -> [..., d_out], in x's dtype."""
         raise NotImplementedError
 
+    @staticmethod
+    def in_type(params: dict[str, jax.Array], dtype) -> dict[str, jax.Array]:
+        """Its parameters, stacked or not, with those in ``dtype`` that it uses in no other: as
+        they are, unless it says otherwise."""
+        return params
+
     def dense(self) -> jax.Array:
         """The matrix it stands for, [d_in, d_out], in the parameters' dtype."""
         raise NotImplementedError
@@ -110,6 +116,10 @@ class Weight:
     def flops(self, d_in: int, d_out: int) -> int:
         """Floating-point operations of the forward product for one token."""
         raise NotImplementedError
+
+    def frozen_flops(self, d_in: int, d_out: int) -> int:
+        """Those of ``flops`` by matrices that have no gradient."""
+        return 0
 
     def parameters(self, d_in: int, d_out: int) -> int:
         """Trained numbers that stand for one matrix."""

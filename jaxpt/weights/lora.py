@@ -53,6 +53,9 @@ class LoRA(Weight):
     def flops(self, d_in, d_out):
         return 2 * d_in * d_out + 2 * rank_of(self.rank, d_in, d_out) * (d_in + d_out)
 
+    def frozen_flops(self, d_in, d_out):
+        return 2 * d_in * d_out
+
     def parameters(self, d_in, d_out):
         return rank_of(self.rank, d_in, d_out) * (d_in + d_out)
 
