@@ -48,6 +48,7 @@ MODEL = Transformer(
 )
 TEXT = Markov(order=1, symbols=12, length=300)
 OTHER = Markov(order=2, symbols=12, length=200, seed=1)
+LEARNT = Mixture(parts=((TEXT, 1.0), (OTHER, 1.0)), names=("one", "two"), policy=ODM())
 EVALUATIONS, SAVES = 5, 3  # steps of a phase between two of them
 
 
@@ -94,8 +95,7 @@ def masks(steps: int) -> Run:
 
 def mixing(steps: int) -> Run:
     """Two domains, whose weights follow the losses."""
-    data = Mixture(parts=((TEXT, 1.0), (OTHER, 1.0)), names=("one", "two"), policy=ODM())
-    return tiny(CausalLM(), steps, data=data)
+    return tiny(CausalLM(), steps, data=LEARNT)
 
 
 def phases(steps: int) -> Run:
@@ -117,8 +117,8 @@ def phases(steps: int) -> Run:
 
 
 def everything(steps: int) -> Run:
-    """Masks that change; then a prefix and an average; batches by two workers."""
-    run = masks(steps // 2).replace(**{"model.layers": 1})
+    """Masks that change, domains that follow the losses; then a prefix and an average."""
+    run = masks(steps // 2).replace(**{"model.layers": 1, "data": LEARNT})
     second = dataclasses.replace(
         run.phases[0],
         name="second",
@@ -128,7 +128,7 @@ def everything(steps: int) -> Run:
         length=48,
         updates=(Average(decay=0.9),),
     )
-    return with_workers(dataclasses.replace(run, phases=(run.phases[0], second)))
+    return dataclasses.replace(run, phases=(run.phases[0], second))
 
 
 def distilled(steps: int) -> Run:

@@ -235,6 +235,8 @@ class RollCall:
             index = message["hello"]
             if index not in self._peers:
                 self._peers[index], self._names[index] = peer, str(message.get("host"))
+                if self._stop is not None:  # all others have been told
+                    self._send(peer, {"stop": self._stop})
             return
         if index is None:
             return
