@@ -17,11 +17,11 @@ from jaxpt.files import read_json, read_metrics
 from jaxpt.growth.average import Average
 from jaxpt.guard import GOOD, NAME, NON_FINITE, SPIKE, Guard
 from jaxpt.layerwise import LayerwiseStep
-from jaxpt.optimizers import AdamW, ScheduleFree
+from jaxpt.optimizers import AdamW, Grass, ScheduleFree
 from jaxpt.sparsity import SNIP, AtStart
 from jaxpt.state import flatten
 from jaxpt.train import train
-from jaxpt.weights import Masked
+from jaxpt.weights import Dense, Masked, Rows
 
 KEY = jax.random.key(1)
 SMALL = {"model.layers": 2, "model.scan": True, "batch": 4, "length": 32, "loader.shards": 2}
@@ -112,6 +112,12 @@ METHODS = {
         "model.layers": 1,
         "optimizer": ScheduleFree(1e-2),
         "updates": (Average(),),
+    },
+    "rows": {
+        "step": LayerwiseStep(),
+        "model.layers": 1,
+        "model.weights": (("*/mlp/*", Rows(4)), ("*", Dense())),
+        "optimizer": Grass(1e-2, rank=4, period=2),
     },
 }
 

@@ -165,16 +165,21 @@ class Grass(Projected):
         def before(params: Params, count: jax.Array, gradients) -> Params:
             flat, due = flatten(params), count % self.period == 0
 
-            def choose():
-                found = gradients([f"{weight}/squares" for weight in weights])
-                return {
-                    w: self._choose(w, found[f"{w}/squares"], tensors, count, flat) for w in weights
-                }
-
             def keep():
                 return {w: (flat[f"{w}/rows"], flat[f"{w}/scales"]) for w in weights}
 
-            chosen = jax.lax.cond(due, choose, keep)
+            def choose():
+                found = gradients([f"{weight}/squares" for weight in weights])
+                new = {
+                    w: self._choose(w, found[f"{w}/squares"], tensors, count, flat) for w in weights
+                }
+                # Of numbers that are not finite nothing is chosen: the step will be left out.
+                sums = [jnp.sum(squares) for squares in found.values()]
+                finite = jnp.isfinite(jnp.stack(sums)).all()
+                new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, keep())
+                return new, finite
+
+            chosen, due = jax.lax.cond(due, choose, lambda: (keep(), jnp.bool_(False)))
             for weight in weights:
                 flat |= _merged(weight, flat, tensors, due)
                 flat[f"{weight}/rows"], flat[f"{weight}/scales"] = chosen[weight]
