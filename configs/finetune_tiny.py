@@ -1,10 +1,16 @@
-"""Masked LM, then a head: an encoder that learns to tell which of two sentences comes first.
+"""Masked LM, then a head: an encoder that learns to tell from which package of Python's standard
+library a stretch of text is, with the packages' names hidden.
 
     jaxpt train configs/finetune_tiny.py
 
-Sentence order: Lan et al. 2020, "ALBERT: A Lite BERT for Self-supervised Learning of Language
-Representations", section 3.1. The head's parameters are fresh, all others go on. For GLUE, take
-``data=Task("glue/mrpc", form="classes")`` of ``jaxpt.data.tasks``.
+The head's parameters are fresh, all others go on (Devlin et al. 2019). For GLUE, take
+``data=Task("glue/mrpc", form="classes")`` of ``jaxpt.data.tasks``; for labels that any text has,
+``SentenceOrder`` of ``jaxpt.data.sentence_order``, which takes longer to learn.
+
+Measured (Python 3.11's library, one seed): 76.9% of the 471 stretches of held-out files right, macro
+F1 0.76; the commonest of the six packages has 37.2%. 140 seconds of CPU time, most of a minute and
+a half on two cores. So short a pretraining does not help yet: 82.0% with one step of it
+(``--phases.pretrain.steps 1``), 79.2% with 600 at half the rate; the standard error is 1.9.
 """
 
 from jaxpt.data.corpus import Corpus
@@ -60,5 +66,5 @@ run = Run(
             length=128,
         ),
     ),
-    evaluate=Evaluate(every=200, batches=8),
+    evaluate=Evaluate(every=300, batches=8),
 )

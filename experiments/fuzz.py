@@ -15,6 +15,7 @@ import argparse
 import collections
 import contextlib
 import copy
+import importlib
 import json
 import logging
 import random
@@ -24,12 +25,14 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from experiments.fuzz_targets import Target, targets
 from jaxpt.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from experiments.fuzz_targets import Target
 
 LIMIT = 20  # seconds of one input
 MEMORY = 3 << 30  # bytes that the process may have beyond what it has when it begins
@@ -160,7 +163,7 @@ def fuzz(target: Target, seconds: float, seed: int, out: Path) -> tuple[collecti
             counts[tried(target, data)] += 1
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # a panic of Rust is no Exception
+        except BaseException as error:  # noqa: BLE001 - a panic of Rust is no Exception
             counts["FOUND"] += 1
             last = traceback.extract_tb(error.__traceback__)[-1]
             kind = f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}"
@@ -176,9 +179,8 @@ def fuzz(target: Target, seconds: float, seed: int, out: Path) -> tuple[collecti
     return counts, len(found)
 
 
-def with_atheris(chosen: Target, arguments: list[str]) -> None:
-    """libFuzzer drives one target, with our mutations beside its own. Needs ``atheris``."""
-    import atheris  # pyright: ignore[reportMissingImports]
+def with_atheris(atheris: Any, chosen: Target, arguments: list[str]) -> None:
+    """libFuzzer drives one target, by our mutations."""
 
     def mutator(data: bytes, max_size: int, seed: int) -> bytes:
         rng = random.Random(seed)
@@ -188,7 +190,6 @@ def with_atheris(chosen: Target, arguments: list[str]) -> None:
     def once(data: bytes) -> None:
         tried(chosen, data)
 
-    atheris.instrument_all()
     with tempfile.TemporaryDirectory() as corpus:
         for i, seed in enumerate(chosen.seeds):
             Path(corpus, str(i)).write_bytes(seed)
@@ -207,13 +208,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("rest", nargs="*", help="after --: libFuzzer's own arguments")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
+    atheris = importlib.import_module("atheris") if options.atheris else None
+    # What it is to be guided by has to be imported under its eyes.
+    watched = atheris.instrument_imports(include=["jaxpt"]) if atheris else contextlib.nullcontext()
+    with watched:
+        targets = importlib.import_module("experiments.fuzz_targets").targets
     with tempfile.TemporaryDirectory() as folder:
         known = targets(Path(folder))
         if unknown := [name for name in options.target or () if name not in known]:
             parser.error(f"no target {', '.join(unknown)}; known: {', '.join(known)}")
         names = options.target or list(known)
-        if options.atheris:
-            with_atheris(known[names[0]], options.rest)
+        if atheris:
+            with_atheris(atheris, known[names[0]], options.rest)
             return 0
         limit_memory()
         logging.disable(logging.WARNING)  # what sources leave out

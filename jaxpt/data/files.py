@@ -37,6 +37,9 @@ Globs = str | tuple[str, ...]
 Unit = Literal["file", "paragraph", "line"]
 Parse = Callable[[bytes], str]  # raises Bad
 CHUNK = 1 << 24  # bytes that are checked at a time
+# A compressed file may come to so much; more is no text, but a trap (text comes to 3 to 100 times).
+SMALL, RATIO = 1 << 28, 200
+PART = 1 << 12  # bytes of a compressed file at a time: each block of it may come to 128 KiB
 ENDINGS = (".gz", ".zst", ".zstd")
 
 
@@ -304,26 +307,34 @@ def _unpacked(path: str, stamp: tuple[int, int]) -> bytes:
 
 
 def _decompress(path: str) -> bytes:
+    most = max(SMALL, RATIO * os.stat(path).st_size)
     if path.endswith(".gz"):
         with gzip.open(path, "rb") as file:
-            return file.read()
+            data = file.read(most + 1)
+        if len(data) > most:
+            raise OSError(f"it comes to more than {most} bytes")
+        return data
     with open(path, "rb") as file:
-        return _unzstd(file.read())
+        return _unzstd(file, most)
 
 
-def _unzstd(data: bytes) -> bytes:
+def _unzstd(file: BinaryIO, most: int) -> bytes:
+    """All frames of a file. Raises OSError where they come to more than ``most`` bytes."""
     import zstandard
 
-    parts = []
-    while data:
-        frame = zstandard.ZstdDecompressor().decompressobj()
+    parts, total, frame, data = [], 0, None, b""
+    while data or (data := file.read(PART)):
+        frame = frame or zstandard.ZstdDecompressor().decompressobj()
         try:
             parts.append(frame.decompress(data))
         except zstandard.ZstdError as error:
             raise OSError(str(error)) from error
-        if not frame.eof:
-            raise EOFError("it ends in the middle of a frame")
-        data = frame.unused_data
+        total += len(parts[-1])
+        if total > most:
+            raise OSError(f"it comes to more than {most} bytes")
+        data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    if frame is not None:
+        raise EOFError("it ends in the middle of a frame")
     return b"".join(parts)
 
 

@@ -40,6 +40,7 @@ from jaxpt.models.transformer import Transformer
 from jaxpt.state import Params
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
+DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer")
 FLOATS = ("float32", "bfloat16", "float16")
 
 
@@ -90,6 +91,10 @@ def read(folder: str | os.PathLike) -> Pretrained:
     shards = Shards(folder, family.prefix, family.renamed)
     fields = Fields(raw)
     vocab_size = fields.integer("vocab_size")
+    for name in DEPTHS:  # tables are made of them before the files are asked for each tensor
+        depth = raw.get(name)
+        if isinstance(depth, int | float) and depth > len(shards):
+            raise DataError(f"{folder}: {name} is {depth}, and it has {len(shards)} tensors")
     config = family.config(fields, frozenset(shards))
     fields.finish(family.harmless)
     dtypes = {shards.dtype(name) for name in shards}
