@@ -82,10 +82,13 @@ def compare(found: Iterable[Collective], asked: Iterable[Asked]) -> tuple[list[H
 
 def expected(program: Program) -> tuple[Asked, ...] | None:
     """Of a program's train step; None where there is no formula for its model."""
-    if type(program.model.config) is not Transformer or program.layout.mesh.size == 1:
+    config = program.model.config
+    if not isinstance(config, Transformer) or type(config) is not Transformer:
+        return None  # of a head on one, too
+    if program.layout.mesh.size == 1:
         return None
     with program.layout.active():
-        formula = _Formula(program)
+        formula = _Formula(program, config)
         found = [*formula.tensors(), *formula.rows(), *formula.keys()]
     sums: dict[tuple, list[float]] = {}
     for one in found:
@@ -100,8 +103,8 @@ def expected(program: Program) -> tuple[Asked, ...] | None:
 
 
 class _Formula:
-    def __init__(self, program: Program):
-        self.program, self.layout, self.config = program, program.layout, program.model.config
+    def __init__(self, program: Program, config: Transformer):
+        self.program, self.layout, self.config = program, program.layout, config
         phase, spec = program.phase, self.layout.spec(("batch", "length", "heads", "vocab"))
         self.batch, self.length, self.heads, self.vocab = (tuple(_names([e])) for e in spec)
         self.width = self.config.compute_dtype().itemsize

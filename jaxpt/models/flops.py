@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from jaxpt.weights.base import Product
 
 if TYPE_CHECKING:
+    from jaxpt.models.base import ModelConfig
     from jaxpt.models.transformer import Transformer
 
 
@@ -48,7 +49,7 @@ def forward(
 
 
 def frozen(
-    config: Transformer,
+    config: ModelConfig,
     products: Mapping[str, Product],
     batch: int,
     length: int,
@@ -62,7 +63,7 @@ def frozen(
     return total
 
 
-def _tokens(config: Transformer, path: str, length: int, target_length: int | None) -> int:
+def _tokens(config: ModelConfig, path: str, length: int, target_length: int | None) -> int:
     """How many tokens of a row go through the product at this path."""
     both = config.kind == "encoder_decoder"
     from_encoder = path.startswith("encoder/") and both
