@@ -7,9 +7,9 @@ The head's parameters are fresh, all others go on (Devlin et al. 2019). For GLUE
 ``data=Task("glue/mrpc", form="classes")`` of ``jaxpt.data.tasks``; for labels that any text has,
 ``SentenceOrder`` of ``jaxpt.data.sentence_order``, which takes longer to learn.
 
-Measured (Python 3.11's library, one seed): 76.9% of the 471 stretches of held-out files right, macro
-F1 0.76; the commonest of the six packages has 37.2%. 140 seconds of CPU time, most of a minute and
-a half on two cores. So short a pretraining does not help yet: 82.0% with one step of it
+Measured (Python 3.11's library, one seed): 76.9% of the 471 stretches of held-out files right,
+macro F1 0.76; the commonest of the six packages has 37.2%. 138 seconds of CPU time, on two cores
+that others used too. So short a pretraining does not help yet: 82.0% with one step of it
 (``--phases.pretrain.steps 1``), 79.2% with 600 at half the rate; the standard error is 1.9.
 """
 

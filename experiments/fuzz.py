@@ -55,13 +55,16 @@ def mutated(seed: bytes, rng: random.Random) -> bytes:
     """A few changes: of the values where the seed is JSON (or lines of it), else of the bytes."""
     try:
         data = json.loads(seed)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter of what atheris kept
         return _bytes(seed, rng)
     if rng.random() < 0.25:
         return _bytes(seed, rng)
-    for _ in range(rng.choice((1, 1, 2, 4))):
-        data = _changed(data, rng)
-    return json.dumps(data).encode()
+    try:
+        for _ in range(rng.choice((1, 1, 2, 4))):
+            data = _changed(data, rng)
+        return json.dumps(data).encode()
+    except RecursionError:
+        return _bytes(seed, rng)
 
 
 def _value(rng: random.Random) -> Any:

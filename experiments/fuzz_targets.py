@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxpt.config import codec
 from jaxpt.data import pretrained
 from jaxpt.data.arrayrecord import ArrayRecord
 from jaxpt.data.build import build
@@ -28,6 +27,7 @@ from jaxpt.data.tasks import Task
 from jaxpt.data.text import Text
 from jaxpt.data.tokenizers import BPE, Bytes
 from jaxpt.errors import ConfigError, DataError
+from jaxpt.folder import RunFolder
 from jaxpt.interop import hf
 from jaxpt.interop.safetensors import SafeTensors, write
 from jaxpt.interop.shards import Shards
@@ -59,7 +59,13 @@ class Target:
 
 def targets(folder: Path) -> dict[str, Target]:
     """All of them by name; they write below ``folder``."""
-    made = [*_configs(), *_tokenizers(folder), *_sources(folder), *_models(folder), *_runs(folder)]
+    made = [
+        *_configs(folder),
+        *_tokenizers(folder),
+        *_sources(folder),
+        *_models(folder),
+        *_runs(folder),
+    ]
     return {target.name: target for target in made}
 
 
@@ -88,7 +94,7 @@ def _run(**model: Any) -> Run:
     return Run(model=Transformer(**small | model), tokenizer=BYTES, phases=(phase,))
 
 
-def _configs() -> list[Target]:
+def _configs(folder: Path) -> list[Target]:
     runs = (_run(), _run(kind="encoder_decoder").replace(objective=PrefixLM(), target_length=8))
     flags = [
         ["--steps", "3", "--batch", "8", "--model.width", "64"],
@@ -97,7 +103,9 @@ def _configs() -> list[Target]:
     ]
 
     def config(data: bytes) -> None:
-        check(codec.from_json(data.decode("utf-8", "surrogateescape"), Run))
+        home = RunFolder(_emptied(folder / "configured"))
+        home.config.write_bytes(data)
+        check(home.load())
 
     def words(data: bytes) -> None:
         try:

@@ -71,12 +71,16 @@ class RunFolder:
         """
         if not self.config.is_file():
             raise ConfigError("workdir", f"{self.path} holds no run (it has no config.json)")
-        return from_json(self.config.read_text(encoding="utf-8"), config_module)
+        try:
+            text = self.config.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError("workdir", f"{self.config} cannot be read: {error}") from None
+        return from_json(text, config_module)
 
     def last_step(self) -> int | None:
         """The step of the last checkpoint that is there, whole or damaged; None: there is none."""
         paths = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
-        return max((int(p.name) for p in paths if p.name.isdigit()), default=None)
+        return max((int(p.name) for p in paths if p.name.isdecimal()), default=None)
 
     def has_checkpoint(self) -> bool:
         """Whether a checkpoint is there, whole or damaged."""

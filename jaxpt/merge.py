@@ -115,7 +115,7 @@ def _merged(
 def opened(name: str, layout=None) -> Loaded:
     """The run that RUN or RUN@STEP names."""
     folder, at, step = name.rpartition("@")
-    if at and step.isdigit():
+    if at and step.isdecimal():
         return load(folder, int(step), layout=layout)
     return load(name, layout=layout)
 

@@ -113,6 +113,20 @@ FILES = "splits__train__shards__0__files__0__"
 # (target, number of the seed, what is made of it, what is said).
 BROKEN = {
     "a number of 5000 digits": ("jsonl", 0, lambda s: b'{"text": ' + b"9" * 5000, "too long"),
+    "a config that is no text": ("config", 0, lambda s: s + b"\xff", "cannot be read"),
+    "a config too deep": ("config", 0, lambda s: DEEP, "is no JSON"),
+    "a class of no file": (
+        "config",
+        0,
+        of(model={"type": f"jaxpt.{'a' * 300}:A"}),
+        "is no config of jaxpt",
+    ),
+    "a token that is no text": (
+        "tokenizer_folder",
+        3,
+        of(**{"special_tokens_map.json": {"eos_token": "\ud800"}}),
+        "no id of the end",
+    ),
     "an index to elsewhere": ("index", 0, of(weight_map={"a": "../x.safetensors"}), "no file of"),
     "an index to no name": ("index", 0, of(weight_map={"a": "x\0"}), "null byte"),
     "an index too deep": ("index", 0, lambda s: DEEP, "not valid JSON"),

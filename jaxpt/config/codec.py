@@ -34,6 +34,7 @@ from jaxpt.errors import ConfigError
 T = TypeVar("T")
 PACKAGE = "jaxpt"
 JAXPT_TAG = re.compile(rf"{PACKAGE}((?:\.[a-z][a-z0-9_]*)+):([A-Za-z][A-Za-z0-9_]*)", re.ASCII)
+LONGEST_TAG = 250  # characters; a longer one could be no file's name
 SCALARS = (bool, int, float, str, type(None))
 
 
@@ -154,7 +155,7 @@ def class_of(tag: Any, classes: Mapping[str, type]) -> type:
             "type",
             f"{_short(tag)} is a class of a config file, which must be given, and show it{known}",
         )
-    match = JAXPT_TAG.fullmatch(tag)
+    match = JAXPT_TAG.fullmatch(tag) if len(tag) < LONGEST_TAG else None
     if match and match.group(2) in _classes_in(match.group(1).lstrip(".")):
         cls: Any = getattr(importlib.import_module(PACKAGE + match.group(1)), match.group(2), None)
         if _frozen_dataclass(cls):

@@ -192,7 +192,10 @@ def _find(text: str, base: Base) -> int | None:
 
 
 def _text(row: Any) -> str:
-    return str(row.get("content", "")) if isinstance(row, dict) else str(row)
+    text = str(row.get("content", "")) if isinstance(row, dict) else str(row)
+    return text.encode(
+        "utf-8", "backslashreplace"
+    ).decode()  # JSON may have half of a surrogate pair
 
 
 def _whole(value: Any, default: Any) -> Any:
