@@ -22,6 +22,7 @@ from jaxpt.growth.base import Update
 from jaxpt.mesh import Layout, single
 from jaxpt.optimizers.base import Optimizer
 from jaxpt.program import Program
+from jaxpt.restoring import restored
 from jaxpt.run import Phase, Run
 from jaxpt.scoring import Scorer
 from jaxpt.state import Params
@@ -114,7 +115,7 @@ def _read(
         raise DataError(f"{checkpoints.folder / str(step)} is of a phase that the run lacks")
     program = Program(run, progress["phase"], vocabulary, layout, progress["schedule_start"])
     if _needs_state(program.phase):
-        return program, program.eval_params(checkpoints.restore(step, program.abstract))
+        return program, program.eval_params(restored(checkpoints, step, program))
     wanted = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
         program.model.abstract(),

@@ -33,6 +33,7 @@ from jaxpt.objectives.base import Batch
 from jaxpt.program import Program
 from jaxpt.progress import Progress, Result
 from jaxpt.report import write_report
+from jaxpt.restoring import restored
 from jaxpt.run import Phase, Run, to_json
 from jaxpt.samples import show
 from jaxpt.shortage import explained
@@ -327,7 +328,7 @@ def restore(
     """Where a run stood at a checkpoint, its phase there, and its state."""
     progress = Progress(**checkpoints.progress(step))
     program = Program(run, progress.phase, vocabulary, layout, progress.schedule_start)
-    return progress, (program, watch.restored(checkpoints, step, program))
+    return progress, (program, restored(checkpoints, step, program))
 
 
 def check(run: Run, tokenizer: Tokenizer, layout: Layout, source: Start | None = None) -> None:

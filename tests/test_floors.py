@@ -49,6 +49,7 @@ FLOORS = (
     ("jaxpt.report", "jaxpt.monitor"),
     ("jaxpt.run",),
     ("jaxpt.folder", "jaxpt.checks", "jaxpt.program", "jaxpt.generator"),
+    ("jaxpt.restoring",),
     ("jaxpt.progress",),
     ("jaxpt.scoring", "jaxpt.expected"),
     (
