@@ -5,6 +5,9 @@ import json
 import pytest
 
 from jaxpt import doctor
+from kernels.attention import api as attention
+from kernels.block_sparse import api as block_sparse
+from kernels.cross_entropy import api as cross_entropy
 
 GOOD = {"jax": "0.12.0", "jaxlib": "0.12.0", "flax": "0.12.12", "grain": "0.2.19"}
 
@@ -57,6 +60,17 @@ def test_json_tells_the_machine(capsys, tmp_path, monkeypatch):
     assert found["folders"]["jaxpt cache"]["bytes"] == 5
     assert found["extras"]["test"]
     assert status == any(f["level"] == "error" for f in found["findings"])
+    assert set(found["variables"]) <= set(doctor.environment.VARIABLES)
+
+
+def test_kernels_that_would_be_picked():
+    for choice in (attention._chosen, cross_entropy._chosen, block_sparse._logged):
+        choice.cache_clear()  # each says a choice once in a process
+    assert doctor.kernels() == {
+        "attention": "xla: the backend is cpu",
+        "cross-entropy": "xla on cpu",
+        "block-sparse products": "xla: there is no kernel for cpu",
+    }
 
 
 def test_text_is_for_people(capsys, monkeypatch):
