@@ -36,7 +36,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ from jaxpt.run import Run
 MOMENTS = ("start", "compile", "step", "evaluation", "save", "worker", "time")
 LATER = {"start": 0.8, "compile": 1.5, "step": 0.03, "evaluation": 0.03, "save": 0.08}  # seconds
 STEPS = 24
+TRIES = 2  # at a moment that a run may come to its end before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +197,7 @@ def ordeal(
     lives: Lives,
     name: str,
     run: Run,
-    kills: Iterator[Kill],
+    kills: Iterable[Kill],
     count: int,
     told: Callable[[str], None] = lambda line: None,
 ) -> tuple[list[Blow], list[str]]:
@@ -210,12 +211,15 @@ def ordeal(
     lives.finish(run, straight)
     blows: list[Blow] = []
     wrong: list[str] = []
-    while len(blows) < count:
-        blow = strike(lives, run, folder, next(kills))
-        if blow is None:  # the run is done: the rest of the kills fall on another one
-            wrong += differences(straight, folder)
+    for kill in kills:
+        blow = None
+        for _ in range(TRIES):
+            if blow := strike(lives, run, folder, kill):
+                break
+            wrong += differences(straight, folder)  # it is done: the kill falls on another one
             shutil.rmtree(folder)
             told(f"{name}: finished after {len(blows)} kills")
+        if blow is None:
             continue
         blows.append(blow)
         told(
@@ -225,6 +229,8 @@ def ordeal(
         if not blow.expected:
             wrong.append(f"{blow} was not expected")
             told(last_words(folder))
+        if len(blows) == count:
+            break
     lives.finish(run, folder)
     return blows, wrong + differences(straight, folder)
 

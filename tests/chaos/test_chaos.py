@@ -15,7 +15,7 @@ from jaxpt.files import read_json
 
 KILLS = [
     Kill("evaluation", after=0.01),
-    Kill("save", nth=2, after=0.02),
+    Kill("save", after=0.02),
     Kill("compile", number=signal.SIGTERM),  # hears of it there
 ]
 
@@ -24,8 +24,8 @@ KILLS = [
 def test_a_killed_run_is_the_run_that_was_left_alone(tmp_path):
     """Of two phases, with masks that change and domains whose weights follow the losses."""
     said: list[str] = []
-    run = CASES["everything"](10)
-    blows, wrong = ordeal(Lives(tmp_path), "run", run, iter(KILLS), len(KILLS), said.append)
+    run = CASES["everything"](12)
+    blows, wrong = ordeal(Lives(tmp_path), "run", run, KILLS, len(KILLS), said.append)
     assert not wrong, "\n".join(said)
     assert [blow.meant for blow in blows] == [kill.moment for kill in KILLS]
     assert blows[-1].codes == [Exit.TERMINATED], said
