@@ -1,4 +1,4 @@
-"""LLaMA 7B (and Llama 2 7B) in float32 parameters and bfloat16 products, AdamW, a row of 2048 tokens or two a chip.
+"""LLaMA 7B, which is Llama 2 7B: float32 parameters, bfloat16 products, a row or two a chip.
 
     jaxpt plan configs/llama2_7b.py --topology v5e:8x8
     jaxpt plan configs/llama2_7b.py --topology h100:8 --batch 16

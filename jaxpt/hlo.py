@@ -32,6 +32,7 @@ _PAIRS = re.compile(r"source_target_pairs=\{(.*?)\}\}")
 _CHAIN = re.compile(r'channel_id=(\d+),.*chain_id="')
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_SAME = ("bitcast", "copy", "get-tuple-element", "copy-start", "copy-done")
 _RUNS = ("while", "conditional", "call", "async-start", "fusion")
 # What moves nothing by itself.
 _FREE = (
@@ -318,3 +319,59 @@ def _fusion(body: Sequence[Instruction], written: int, operands: Sequence[int]) 
         else:
             total += whole
     return total
+
+
+def carried(text: str) -> dict[str, int]:
+    """Bytes of what the program's fullest loop, the layers' backward pass, carries, by origin:
+
+    arguments: what the program is given.
+    kept: results of an earlier loop: what the forward pass keeps for this one.
+    made: what it fills: the layers' gradients.
+    copies: what was made of the rest before it began: parameters in another type, say.
+
+    {} where there is no loop of the program itself (layers that are not scanned).
+    """
+    computations, entry = instructions(text)
+    known = {i.name: i for i in computations[entry]}
+    loops = [i for i in computations[entry] if i.opcode == "while"]
+    if not loops:
+        return {}
+    fullest = max(loops, key=lambda i: size_of(i.shape))
+    found = dict.fromkeys(("arguments", "kept", "made", "copies"), 0)
+    for name in known[fullest.operands[0]].operands:
+        if name in known and "S(1)" not in known[name].shape:  # which is no HBM
+            found[_origin(name, known, computations)] += size_of(known[name].shape)
+    return found
+
+
+_ORIGINS = {"parameter": "arguments", "while": "kept", "broadcast": "made", "constant": "made"}
+
+
+def _origin(
+    name: str, known: Mapping[str, Instruction], computations: Mapping[str, list[Instruction]]
+) -> str:
+    """Which of ``carried``'s origins an array of a computation has."""
+    while (here := known[name]).opcode in _SAME:
+        name = here.operands[0]
+        source, place = known[name], re.search(r"index=(\d+)", here.text)
+        if source.opcode == "while" and place:
+            body = re.search(r"body=%([\w.\-]+)", source.text)
+            if not body or not _unchanged(computations[body[1]], int(place[1])):
+                return "kept"
+            name = known[source.operands[0]].operands[int(place[1])]
+    fresh = here.opcode == "custom-call" and "AllocateBuffer" in here.text
+    sources = [known[name] for name in here.operands if name in known]
+    filled = here.opcode == "fusion" and all(size_of(each.shape) <= 8 for each in sources)
+    if fresh or filled:
+        return "made"
+    return _ORIGINS.get(here.opcode, "copies")
+
+
+def _unchanged(body: Sequence[Instruction], place: int) -> bool:
+    """Whether a loop's body hands on what it was given at this place."""
+    given = next((i for i in body if i.name == body[-1].operands[place]), None)
+    return (
+        given is not None
+        and given.opcode == "get-tuple-element"
+        and (re.search(rf"index={place}\b", given.text) is not None)
+    )

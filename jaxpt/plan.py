@@ -25,7 +25,7 @@ from jaxpt import hardware
 from jaxpt.errors import ConfigError
 from jaxpt.expected import Asked, Held, compare, expected
 from jaxpt.hardware import Chip
-from jaxpt.hlo import Collective, traffic
+from jaxpt.hlo import Collective, carried, traffic
 from jaxpt.operations import operations
 from jaxpt.program import Program
 from jaxpt.run import Run
@@ -70,6 +70,9 @@ class Plan:
       keep.
     gradients: of what is trained, as large as the parameters: of the temporaries where all are
       there at once, before the update.
+    carried: of the temporaries, what the layers' backward pass carries, by origin: activations that
+      are ``kept``, gradients that are ``made``, ``copies`` of parameters; {} where layers are not
+      scanned.
     aliased: outputs that take the place of arguments.
     flops: of a step, on all devices: the model's own, whatever the compiled program adds.
     operations: of a step, on all devices, that the program has, what is computed again too.
@@ -93,6 +96,7 @@ class Plan:
     arguments: int
     outputs: int
     temporaries: int
+    carried: dict[str, int]
     aliased: int
     flops: float
     operations: float
@@ -165,7 +169,8 @@ def plan(program: Program) -> Plan:
     analysis = compiled.memory_analysis()
     mesh = {name: int(size) for name, size in layout.mesh.shape.items()}
     device = layout.mesh.devices.flat[0]
-    found = traffic(compiled.as_text(), mesh, GPUS_OF_HOST if device.platform == "gpu" else None)
+    text = compiled.as_text()
+    found = traffic(text, mesh, GPUS_OF_HOST if device.platform == "gpu" else None)
     trained = [
         leaf for path, leaf in flatten(state.params).items() if program.model.tensors[path].trained
     ]
@@ -179,6 +184,7 @@ def plan(program: Program) -> Plan:
         arguments=analysis.argument_size_in_bytes,
         outputs=analysis.output_size_in_bytes,
         temporaries=analysis.temp_size_in_bytes,
+        carried=carried(text),
         aliased=analysis.alias_size_in_bytes,
         flops=program.flops_per_step,
         operations=operations(traced),

@@ -126,7 +126,7 @@ def tables(title: str, found: Plan, share: float) -> Iterator[Table]:
         (other, "the batch"),
         (found.outputs - found.aliased, "outputs that take no argument's place"),
         (found.temporaries, "temporaries: activations, gradients, work space"),
-        (found.gradients, "  (all gradients at once would be)"),
+        *_kinds(found),
         (found.peak, "peak" + _verdict(found)),
     ):
         memory.add_row(f"{size / 1e9:,.3f}", what)
@@ -159,6 +159,19 @@ def tables(title: str, found: Plan, share: float) -> Iterator[Table]:
     yield times
     if found.collectives:
         yield _exchanges(found)
+
+
+def _kinds(found: Plan) -> list[tuple[int, str]]:
+    """Of the temporaries, as the program's text has it; all gradients, as the parameters are."""
+    rows = [(found.gradients, "  (all gradients at once would be, in the parameters' types)")]
+    if found.carried:
+        kinds = {
+            "kept": "activations kept for the backward pass",
+            "made": "gradients of the layers",
+            "copies": "copies of parameters, and the gradient of the rows",
+        }
+        rows = [(found.carried[name], f"  {what}") for name, what in kinds.items()] + rows
+    return rows
 
 
 def _exchanges(found: Plan) -> Table:

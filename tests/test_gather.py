@@ -56,3 +56,14 @@ def test_gradients_of_layers_are_in_the_type_of_the_products():
 
     assert stacked(Mesh(data=2, fsdp=4).build())
     assert not stacked(single())
+
+
+def test_a_forward_pass_keeps_no_copy_of_parameters():
+    """Of layers that are computed again: their inputs alone, [L, B, T, D]."""
+    model = derive(remat="full", layers=6).build(64)
+    batch = {"tokens": jax.ShapeDtypeStruct((8, 8), jnp.int32)}
+    with single().active():
+        value = jax.grad(lambda params, batch: jnp.sum(model.bind(params)(batch)))
+        traced = jax.make_jaxpr(value)(model.abstract(), batch)
+    forward = next(e for e in traced.eqns if e.primitive.name == "scan")
+    assert [v.aval.shape for v in forward.outvars if v.aval.shape[:1] == (6,)] == [(6, 8, 8, 16)]

@@ -173,7 +173,7 @@ def test_temporaries_do_not_grow_with_depth(tmp_path, package, target):
 def plan_of(**fields) -> plans.Plan:
     values = {field.name: 0 for field in dataclasses.fields(plans.Plan)}
     known = {"device": "TPU v5", "devices": 1, "mesh": {"data": 1}, "collectives": (), "loops": ()}
-    known |= {"asked": None}
+    known |= {"asked": None, "carried": {}}
     return plans.Plan(**values | known | fields)
 
 

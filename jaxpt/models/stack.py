@@ -254,16 +254,23 @@ class Layers(nnx.Module):
         return x, cache
 
     def _scanned(self, x, context, keys, cache):
-        period = self.unit(context, remat=cache is None)
-
-        def body(carry, xs):
-            return period(*carry, *xs), None
-
-        params = stacking.split(self.layers)[1]
-        if cache is None and self.config.remat in _POLICIES and gathers():
+        remat, params = cache is None, stacking.split(self.layers)[1]
+        if remat and self.config.remat in _POLICIES and gathers():
             # As they will be gathered: so are all layers' gradients, until the update.
             params = _in_type(self.layers, params, self.config.compute_dtype())
-        xs = self.by_period((params, keys, jnp.arange(self.depth)))
+        xs = (params, keys, jnp.arange(self.depth))
+        if self.period > 1:
+            period = self.unit(context, remat=remat)
+            return jax.lax.scan(
+                lambda carry, xs: (period(*carry, *xs), None), (x, cache), self.by_period(xs)
+            )[0]
+        layer = self._function(stacking.split(self.layers)[0], context, 0, remat=remat)
+
+        def body(carry, xs):
+            # As they come: of a slice of the parameters the backward pass would keep a copy.
+            (x, cache), (own, key, index) = carry, xs
+            return layer(own, x, key, cache, index), None
+
         return jax.lax.scan(body, (x, cache), xs)[0]
 
     def outputs(self, x_BTD, context: Context, key) -> tuple[jax.Array, jax.Array]:
