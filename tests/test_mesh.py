@@ -43,10 +43,10 @@ MESHES = {
 OBJECTIVES = {"decoder": CausalLM(), "encoder": MaskedLM(), "encoder_decoder": UL2()}
 ALWAYS = (
     ("decoder", "replicas"),
-    ("decoder", "sharded state"),
+    ("decoder", "sequence"),
     ("encoder", "gathered keys"),
+    ("encoder", "sharded state"),
     ("encoder_decoder", "ring"),
-    ("encoder_decoder", "sequence"),
 )
 WEIGHTS = (
     ("*/query", LowRank(4)),
