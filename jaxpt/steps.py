@@ -145,10 +145,11 @@ def train_step(
             changes, opt_state = optimizer.update(grads, state.opt_state, state.params, norm=norm)
             params: Any = optax.apply_updates(state.params, changes)
             new = TrainState(state.step + 1, params, opt_state, state.extra)
-            return updates.end(new, grads, key), optax.tree.norm(trainable(changes))
+            update_norm = optax.tree.norm(trainable(changes)).astype(jnp.float32)
+            return updates.end(new, grads, key), update_norm
 
         def leave_out(state: TrainState, grads: Params, first: TrainState):
-            return first, jnp.zeros_like(norm)
+            return first, jnp.float32(0)
 
         new, update_norm = only_if(good, update, leave_out, state, grads, first)
         metrics = {
