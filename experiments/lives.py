@@ -46,17 +46,18 @@ class Folder:
 
     def moment(self, pid: int) -> str:
         """What the process is at."""
+        status = read_json(self.path / "status.json", {})
+        row = self.last_row()
+        here = status.get("pid") == pid
+        begun = here and row.get("step", 0) > (status.get("resumed_from") or 0)
+        evaluated = any(name.startswith("eval/") for name in row)
+        # Phases are as long as a whole number of intervals only by chance: any evaluation counts.
+        # A save goes on in the background: while something is evaluated, too.
+        if begun and not evaluated and row["step"] % self.evaluations == 0:
+            return "evaluation"
         if self.saving():
             return "save"
-        status = read_json(self.path / "status.json", {})
-        if status.get("pid") != pid:
-            return "start"
-        row = self.last_row()
-        if row.get("step", 0) <= (status.get("resumed_from") or 0):
-            return "compile"
-        # Phases are as long as a whole number of intervals only by chance: any evaluation counts.
-        evaluated = any(name.startswith("eval/") for name in row)
-        return "step" if evaluated or row["step"] % self.evaluations else "evaluation"
+        return "step" if begun else "compile" if here else "start"
 
 
 def train(config: str, folder: str, log: str, cache: str, flags: Sequence[str]) -> None:

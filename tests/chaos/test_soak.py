@@ -1,11 +1,13 @@
 """What ``experiments.soak`` makes of what it has seen; the run itself takes minutes."""
 
 import dataclasses
+import json
 import os
 
 import numpy as np
 import pytest
 
+from experiments.lives import Folder
 from experiments.soak import Sample, sample, slope, verdict
 
 
@@ -62,3 +64,26 @@ def test_a_sample_is_of_the_process_that_is_asked_for():
     assert more is not None
     assert more.files == here.files + 2
     assert here.memory > 10
+
+
+def test_what_a_folder_shows(tmp_path):
+    """Of the process 7, which went on from step 4 and evaluates at 5."""
+
+    def moment(row=None, pid=7, save=False):
+        for name, value in (
+            ("status.json", {"pid": pid, "resumed_from": 4}),
+            ("metrics.jsonl", row),
+        ):
+            (tmp_path / name).write_text(json.dumps(value) + "\n" if value else "")
+        partial = tmp_path / "checkpoints" / "6.orbax-checkpoint-tmp"
+        partial.mkdir(parents=True) if save else None
+        try:
+            return Folder(tmp_path, 5).moment(7)
+        finally:
+            partial.rmdir() if save else None
+
+    assert moment(pid=6) == "start"
+    assert moment({"step": 4}) == "compile"
+    assert moment({"step": 5}) == moment({"step": 5}, save=True) == "evaluation"
+    assert moment({"step": 5, "eval/a/loss": 1.0}) == moment({"step": 6}) == "step"
+    assert moment({"step": 6}, save=True) == moment(pid=6, save=True) == "save"
