@@ -321,6 +321,9 @@ def _fusion(body: Sequence[Instruction], written: int, operands: Sequence[int]) 
     return total
 
 
+ORIGINS: tuple[str, ...] = ("arguments", "kept", "made", "copies")
+
+
 def carried(text: str) -> dict[str, int]:
     """Bytes of what the program's fullest loop, the layers' backward pass, carries, by origin:
 
@@ -337,7 +340,7 @@ def carried(text: str) -> dict[str, int]:
     if not loops:
         return {}
     fullest = max(loops, key=lambda i: size_of(i.shape))
-    found = dict.fromkeys(("arguments", "kept", "made", "copies"), 0)
+    found: dict[str, int] = dict.fromkeys(ORIGINS, 0)
     for name in known[fullest.operands[0]].operands:
         if name in known and "S(1)" not in known[name].shape:  # which is no HBM
             found[_origin(name, known, computations)] += size_of(known[name].shape)
