@@ -1,6 +1,7 @@
 """Guards: an update that cannot be right is left out whole, alike everywhere, and told."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,13 @@ from jaxpt.train import train
 from jaxpt.weights import Dense, Masked, Rows
 
 KEY = jax.random.key(1)
-SMALL = {"model.layers": 2, "model.scan": True, "batch": 4, "length": 32, "loader.shards": 2}
+SMALL: dict[str, Any] = {
+    "model.layers": 2,
+    "model.scan": True,
+    "batch": 4,
+    "length": 32,
+    "loader.shards": 2,
+}
 
 
 def judged(guard, losses, norms=None):
@@ -99,7 +106,7 @@ def but_for_the_guard(state):
     return dataclasses.replace(state, extra={k: v for k, v in state.extra.items() if k != NAME})
 
 
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     "step": {
         "step.accumulate": 2,
         "model.layers": 1,
@@ -158,7 +165,7 @@ def overflowing(state):
 @pytest.mark.parametrize("step", ["step", "layerwise"])
 def test_a_gradient_that_is_not_finite(tmp_path, step):
     """The loss is. What layers after it have been given stays, in the layerwise step alone."""
-    changes = {"step": LayerwiseStep()} if step == "layerwise" else {}
+    changes: dict[str, Any] = {"step": LayerwiseStep()} if step == "layerwise" else {}
     program = program_of(run := tiny_run(tmp_path, **SMALL, **changes))
     state = overflowing(program.init(jax.random.key(0)))
     before = jax.device_get(state)
@@ -248,7 +255,7 @@ def test_rolled_back_and_resumed_equals_straight(tmp_path, monkeypatch):
 
 
 def test_too_many_in_a_row_stop_the_run(tmp_path, monkeypatch):
-    run = tiny_run(tmp_path, **SMALL, **{"checkpoint.every": 3, "guard.in_a_row": 1})
+    run = tiny_run(tmp_path, **(SMALL | {"checkpoint.every": 3, "guard.in_a_row": 1}))
     with monkeypatch.context() as patch:
         spoil(patch, {2: NAN, 4: NAN, 5: NAN})
         with pytest.raises(NonFiniteError) as error:
@@ -289,7 +296,7 @@ def test_an_infinite_gradient_on_one_of_two_processes(tmp_path, monkeypatch):
     assert script != test_distributed.WORKER
     monkeypatch.setattr(test_distributed, "WORKER", script)
     folder = tmp_path / "several" / "run"
-    codes, ends = test_distributed.launched(test_distributed.mesh(run, data=4), folder, 2)
+    codes, ends = test_distributed.launched(test_distributed.mesh(run, data=4), folder, 2, stop=-1)
     assert codes == [Exit.OK] * 2, ends
     found = [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
     assert [row["skipped"] for row in found] == [0, 0, 1, 1, 1]

@@ -2,6 +2,7 @@
 
 import json
 import os
+from typing import Any
 
 import jax
 import pytest
@@ -17,7 +18,7 @@ from jaxpt.run import to_json
 from jaxpt.steps import Compiled
 from jaxpt.train import main, train
 
-SMALL = {"model.layers": 1, "batch": 4, "length": 32, "steps": 3}
+SMALL: dict[str, Any] = {"model.layers": 1, "batch": 4, "length": 32, "steps": 3}
 
 
 def checksums(folder, step=3):
