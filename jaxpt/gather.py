@@ -13,11 +13,15 @@ import jax.numpy as jnp
 from jaxpt.mesh import Axes, active_layout
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gathered(x: jax.Array, stored: Axes, used: Axes) -> jax.Array:
     """A parameter of logical axes ``stored``, laid out by ``used``. Its gradient is laid out as the
     parameter is, so that what the devices add to it is summed where it is to lie (``constrain``
     would have all of it on every device)."""
+    return _gathered(x, stored, used)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(x, stored, used):
     return _laid_out(x, used)
 
 
@@ -29,7 +33,7 @@ def _gathered_backward(stored, used, _, g):
     return (_laid_out(g, stored),)
 
 
-gathered.defvjp(_gathered_forward, _gathered_backward)
+_gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def _laid_out(x: jax.Array, axes: Axes) -> jax.Array:

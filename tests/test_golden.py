@@ -138,7 +138,7 @@ def test_a_renamed_module_is_found_under_its_new_name(renamed):
 
 def test_a_name_that_no_row_speaks_of_is_missed(renamed, monkeypatch):
     monkeypatch.setattr(migrations, "ARRAYS", ROWS[:2])
-    with pytest.raises(DataError, match="newer/w.* it has nothing"):
+    with pytest.raises(DataError, match=r"newer/w.* it has nothing"):
         renamed.restore(1, abstract(NEW))
 
 
