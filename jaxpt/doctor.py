@@ -213,14 +213,15 @@ def _said(trace: Callable[[], Any], target: contextlib.AbstractContextManager[No
     logger, lines = logging.getLogger("kernels"), []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
-    level, logger.level = logger.level, logging.INFO
+    level = logger.level
+    logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     try:
         with target:
             trace()
     finally:
         logger.removeHandler(handler)
-        logger.level = level
+        logger.setLevel(level)
     return "; ".join(line.partition(" by ")[2] or line for line in lines)
 
 

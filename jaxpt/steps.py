@@ -393,6 +393,7 @@ def compile_train_step(
         in_shardings=(shardings, batch_places, everywhere),
         out_shardings=(shardings, everywhere),
         donate_argnums=0,
+        keep_unused=True,  # what is only written (by the guard) is donated too
     )
     with layout.active():
         lowered = jitted.lower(state, batch, jax.eval_shape(lambda: jax.random.key(0)))

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from test_steps import FACTORED, host_batches, program_of
+from test_steps import host_batches, program_of
 from tiny import tiny_run
 
 from jaxpt.errors import ConfigError
@@ -21,9 +21,15 @@ from jaxpt.objectives.span_corruption import SpanCorruption
 from jaxpt.optimizers import SGD, AdamW, GaLore, Group, in_place
 from jaxpt.state import flatten
 from jaxpt.steps import Step
-from jaxpt.weights import Dense
+from jaxpt.weights import Dense, Grouped, LowRank, SparsePlusLowRank, Uniform
 
 STEPS = 6
+FACTORED = (
+    ("*/attention/*", LowRank(6)),
+    ("*/mlp/up", SparsePlusLowRank(4, 8.0, Grouped(4))),
+    ("*/mlp/*", SparsePlusLowRank(4, 8.0, Uniform(0.25))),
+    ("*", Dense()),
+)
 
 
 def trained(run, steps=STEPS):

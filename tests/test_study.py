@@ -6,6 +6,7 @@ import json
 import math
 import types
 
+import jax
 import numpy as np
 import pytest
 from tiny import text_files, tiny_run
@@ -15,9 +16,11 @@ from experiments.study import Arm, Half, Size, Study
 from experiments.verdicts import Interval, Relation, Relations, difference, interval
 from jaxpt.errors import ConfigError
 from jaxpt.folder import RunFolder
+from jaxpt.guard import Guard
 from jaxpt.optimizers import AdamW, Lion
 
-COUNTERS = 2  # numbers in the state that belong to no parameter: the steps, twice
+# Numbers in the state that belong to no parameter: the steps, twice; what the guard knows.
+COUNTERS = 2 + len(jax.tree.leaves(Guard().init()))
 
 
 def runs_of(**losses):
