@@ -144,8 +144,7 @@ def test_an_exported_encoder_decoder_scores_the_same(tmp_path, tasks):
     assert cli.main(["export", str(tmp_path / "run"), "--to", "hf", str(tmp_path / "out")]) == 0
     samples, _ = asked(HarnessLM(load(tmp_path / "run"), batch=3), tasks)
     # Where there is no context, ours is an encoder's end, and theirs the start unless told.
-    tokenizer = load(tmp_path / "run").tokenizer
-    end = tokenizer.vocabulary.eos
+    end = load(tmp_path / "run").tokenizer.vocabulary.eos
     other = theirs(tmp_path / "out", tasks, NAMES[::2], max_length=192, prefix_token_id=end)
     choices, written = NAMES[::2]
     assert_same({choices: samples[choices]}, other)
@@ -153,7 +152,9 @@ def test_an_exported_encoder_decoder_scores_the_same(tmp_path, tasks):
         # Theirs may write as many tokens more as the encoder reads; ours ends where it is to.
         (ours,), (text,) = mine["filtered_resps"], longer["filtered_resps"]
         assert text.startswith(ours)
-        assert ours == text or len(tokenizer.encode(ours)) == 12
+        # A byte each; a mark in place of what is no text stands for one to three of them.
+        least = len(ours.replace("\ufffd", "?").encode())
+        assert ours == text or least <= 12 <= least + 2 * ours.count("\ufffd")
     assert any(sample["filtered_resps"][0] for sample in samples[written])
 
 
