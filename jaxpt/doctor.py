@@ -93,7 +93,7 @@ def known_trouble(versions: Mapping[str, str], platform_name: str) -> list[Findi
         add(
             "warning" if gpu else "note",
             f"jaxlib {versions['jaxlib']}: float32 scatter-add is very slow on NVIDIA GPUs"
-            " (openxla/xla 46225); embedding gradients use it",
+            " (openxla/xla 46225)",
             "use jaxlib 0.11.1 or newer (Python 3.12), or 0.10.1" if gpu else "no GPU here",
         )
     if gpu and jax_version[:3] == (0, 7, 2):
