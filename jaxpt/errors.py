@@ -87,7 +87,7 @@ def exit_code(error: BaseException) -> Exit:
     # would start it, and tensorstore's have none of their own.
     found = re.search(r"os_error_code='(\d+)'", str(error))
     number = int(found[1]) if found else error.errno if isinstance(error, OSError) else None
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
         return Exit.DISK
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)[:200]:
         return Exit.OUT_OF_MEMORY
@@ -100,7 +100,7 @@ HINTS = {
     Exit.OUT_OF_MEMORY: "; lower --batch or --length, or raise --step.accumulate; what fits says: "
     "jaxpt plan CONFIG --topology CHIP:NUMBER --search",
     Exit.LOST_PROCESS: "; start all processes again to go on from the last checkpoint",
-    Exit.DISK: "; free some space there, or give another --workdir",
+    Exit.DISK: "; make room there, see that it may be written to, or give another --workdir",
 }
 
 
@@ -108,6 +108,7 @@ def complain(error: BaseException, code: Exit) -> None:
     """One line on stderr, red where that is a terminal."""
     text = str(error) if isinstance(error, ConfigError | DataError) else str(error).split("\n")[0]
     name = "interrupted" if code == Exit.INTERRUPTED else "error"
+    text = text or ("" if code == Exit.INTERRUPTED else type(error).__name__)
     line = f"{name}: {' '.join(text.split())}{HINTS.get(code, '')}".removesuffix(": ")
     red = sys.stderr.isatty() and "NO_COLOR" not in os.environ
     print(f"\x1b[31m{line}\x1b[0m" if red else line, file=sys.stderr)

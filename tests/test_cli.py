@@ -449,8 +449,9 @@ def test_version_and_nothing(capsys):
         (DataError("a.txt, line 3: is\nbinary"), 3, "error: a.txt, line 3: is binary\n"),
         (FloatingPointError("loss is nan at step 3"), 4, "error: loss is nan at step 3\n"),
         (RuntimeError("RESOURCE_EXHAUSTED: 3 GiB\nmore"), 5, "3 GiB; lower --batch or --length"),
-        (MemoryError(), 5, "error: ; lower --batch"),
-        (OSError(errno.ENOSPC, "No space left", "x/y"), 6, "No space left: 'x/y'; free some"),
+        (MemoryError(), 5, "error: MemoryError; lower --batch"),
+        (OSError(errno.ENOSPC, "No space left", "x/y"), 6, "No space left: 'x/y'; make room"),
+        (OSError(errno.EACCES, "Permission denied", "x"), 6, "Permission denied: 'x'; make room"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
     ids=lambda v: type(v).__name__,
@@ -465,6 +466,14 @@ def test_exit_codes(error, code, line, monkeypatch, config, capsys):
     assert line in shown
     assert "Traceback" not in shown
     assert shown.count("\n") == 1
+
+
+@pytest.mark.skipif(not pathlib.Path("/sys").is_dir(), reason="no folder that none may write to")
+def test_a_workdir_that_cannot_be_made_is_a_matter_of_the_disk(config, capsys):
+    assert cli.main(["train", str(config), "--workdir", "/sys/run"]) == Exit.DISK
+    shown = capsys.readouterr().err.splitlines()[-1]
+    assert "/sys/run" in shown
+    assert "another --workdir" in shown
 
 
 def test_bugs_keep_their_traceback(monkeypatch, config):
